@@ -1,6 +1,7 @@
 """A `Batch` says what one step computes; a `State` keeps the tensors that requests need from one step to the next.
 
-Legend: T tokens of the step, R requests, B pages, S state slots, W pages of the longest block table.
+Legend: T tokens of the step, U tokens of requests with drafts, R requests, B pages, S state slots, W pages of the
+longest block table.
 """
 
 from __future__ import annotations
@@ -129,23 +130,36 @@ class Batch:
         """Return the requests that compute several tokens in this step, or None if there is no such request."""
         return self._sub_batch([r for r, length in enumerate(self.lens) if length > 1])
 
-    def accepted(self, num_accepted: Sequence[int]) -> tuple[Tensor, Batch]:
-        """Return the tokens of the requests with drafts, without the rejected drafts, as (rows in this batch, batch).
+    @cached_property
+    def draft_rows(self) -> Tensor:
+        """Return the rows of all tokens of the requests with drafts: int64 (U,)."""
+        spans = [range(self.starts[r], self.starts[r] + self.lens[r]) for r in self._drafting]
+        return torch.tensor([row for span in spans for row in span], device=self.token_ids_T.device)
 
-        `num_accepted` has the number of accepted drafts of each request. The returned batch has no drafts.
+    @property
+    def _drafting(self) -> list[int]:
+        """Return the requests with drafts, as indices in the batch."""
+        return [r for r, drafts in enumerate(self.num_drafts) if drafts]
+
+    def accepted(self, num_accepted: Sequence[int]) -> tuple[Tensor, Batch]:
+        """Return the tokens of the requests with drafts, without the rejected drafts, as (places, batch).
+
+        `num_accepted` has the number of accepted drafts of each request. The returned batch has no drafts. The places
+        of its tokens are indices in `draft_rows`: int64.
         """
-        chosen = [r for r, drafts in enumerate(self.num_drafts) if drafts]
+        chosen = self._drafting
         lens = [self.lens[r] - self.num_drafts[r] + num_accepted[r] for r in chosen]
-        spans = [range(self.starts[r], self.starts[r] + length) for r, length in zip(chosen, lens, strict=True)]
-        rows = torch.tensor([row for span in spans for row in span], device=self.token_ids_T.device)
+        starts = (0, *accumulate(self.lens[r] for r in chosen))
+        spans = [range(start, start + length) for start, length in zip(starts, lens, strict=False)]
+        places = torch.tensor([place for span in spans for place in span], device=self.token_ids_T.device)
         batch = Batch(
-            self.token_ids_T[rows],
+            self.token_ids_T[self.draft_rows[places]],
             tuple(lens),
             tuple(self.context_lens[r] for r in chosen),
             tuple(self.slots[r] for r in chosen),
             tuple(self.block_tables[r] for r in chosen),
         )
-        return rows, batch
+        return places, batch
 
     def _sub_batch(self, requests: list[int]) -> SubBatch | None:
         if not requests:
@@ -189,7 +203,7 @@ class State:
         self, spec: StateSpec, num_slots: int, num_blocks: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         self.spec, self.num_slots, self.num_blocks = spec, num_slots, num_blocks
-        self.uncommitted: dict[int, Any] = {}  # layer -> inputs of a step with drafts, until `commit`
+        self.uncommitted: dict[int, tuple[Any, ...]] = {}  # layer -> inputs of the step's `draft_rows`, until `commit`
         self.pages = {
             p.layer: torch.zeros(num_blocks * spec.block_size, *p.shape, dtype=dtype, device=device) for p in spec.paged
         }

@@ -22,21 +22,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model import kernels
 from model.blocks.linear import Linear
-from model.blocks.mixer import Mixer
 from model.blocks.norm import GatedGroupRMSNorm, RMSNorm
+from model.blocks.recurrent_mixer import ConvWeights, Floats, Inputs, RecurrentMixer
 from model.configs.mixer_shapes import MambaShape
 from model.cpu import layers as cpu_layers
 from model.cpu import mamba as cpu
-from model.cpu.thread_pool import THREAD_POOL
 from model.cpu.vectors import LANES
 from model.state import Batch, State, SubBatch
-
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -177,26 +173,16 @@ def packed_scan(
     return y_THD, ssm_RHDN
 
 
-class ConvWeights(nn.Module):
-    """`ConvWeights` holds the convolution's parameters under the checkpoint's names: weight (C, 1, K), bias (C,)."""
-
-    def __init__(self, shape: MambaShape, use_bias: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape.conv_dim, 1, shape.conv_kernel))
-        self.bias = nn.Parameter(torch.empty(shape.conv_dim)) if use_bias else None
-
-
-class Mamba2Mixer(Mixer):
+class Mamba2Mixer(RecurrentMixer):
     """A `Mamba2Mixer` maps (T, hidden) -> (T, hidden) and advances the requests' convolution and SSM state."""
 
     def __init__(
         self, shape: MambaShape, layer: int, eps: float, use_conv_bias: bool = True, bias: bool = False
     ) -> None:
-        super().__init__()
-        self.shape, self.layer = shape, layer
-        self.packed: tuple[Any, ...] = ()
+        super().__init__(layer)
+        self.shape = shape
         self.in_proj = Linear(shape.hidden_size, shape.inner_dim + shape.conv_dim + shape.num_heads, bias)
-        self.conv1d = ConvWeights(shape, use_conv_bias)
+        self.conv1d = ConvWeights(shape.conv_dim, shape.conv_kernel, use_conv_bias)
         self.A_log = nn.Parameter(torch.empty(shape.num_heads))
         self.D = nn.Parameter(torch.empty(shape.num_heads))
         self.dt_bias = nn.Parameter(torch.empty(shape.num_heads))
@@ -259,37 +245,22 @@ class Mamba2Mixer(Mixer):
         numbers = tuple(np.ascontiguousarray(c.detach().float().numpy()) for c in constants)
         limits = tuple(np.float32(limit) for limit in s.delta_limit)
         norm_params = (self.norm.weight.detach().float().numpy(), np.float32(self.norm.eps))
-        self.packed = (s.num_groups, *numbers, *limits, *norm_params)
+        self.core_params = (s.num_groups, *numbers, *limits, *norm_params)
+        self.has_packed_core = True
 
-    def add_to(self, x_TD: Tensor, batch: Batch, state: State) -> None:
-        """Compute x += mixer(norm(x)) in place with the CPU kernels."""
-        num_threads, x = torch.get_num_threads(), x_TD.numpy()
-        control = THREAD_POOL.start_workers(num_threads)
-        projected_TP = cpu_layers.project(control, num_threads, x, *self.input_params)
-        if batch.has_drafts:
-            state.uncommitted[self.layer] = projected_TP
-        mix = self._mix_packed if self.packed else self._mix_token_by_token
-        mixed_TI = mix(projected_TP, batch, state)
-        cpu_layers.add_projected(control, num_threads, mixed_TI, *self.output_params, x)
+    def project(self, h_TD: Tensor) -> tuple[Tensor, ...]:
+        return (self.in_proj(h_TD),)
 
-    def forward(self, h_TD: Tensor, batch: Batch, state: State) -> Tensor:
-        projected_TP = self.in_proj(h_TD)
-        if batch.has_drafts:
-            state.uncommitted[self.layer] = projected_TP
-        out: Tensor = self.out_proj(self._mix(projected_TP, batch, state))
+    def project_packed(self, control: Any, num_threads: int, x: Floats) -> Inputs:
+        return (cpu_layers.project(control, num_threads, x, *self.input_params),)
+
+    def output(self, mixed_TI: Tensor) -> Tensor:
+        out: Tensor = self.out_proj(mixed_TI)
         return out
 
-    def commit(self, rows: Tensor, accepted: Batch, state: State) -> None:
-        """Advance the recurrent state over accepted drafts with the inputs that the step kept, as `Mixer.commit`."""
-        projected_TP = state.uncommitted.pop(self.layer)
-        if self.packed:
-            self._mix_packed(projected_TP[rows.numpy()], accepted, state, has_output=False)
-        elif isinstance(projected_TP, np.ndarray):
-            self._mix_token_by_token(projected_TP[rows.numpy()], accepted, state)
-        else:
-            self._mix(projected_TP[rows], accepted, state)
-
-    def _mix_packed(self, projected_TP: Floats, batch: Batch, state: State, has_output: bool = True) -> Floats:
+    def mix_packed(self, inputs: Inputs, batch: Batch, state: State, has_output: bool = True) -> Floats:
+        """Compute the core, (T, gate | x | B | C | Δ) -> (T, inner), as `RecurrentMixer.mix_packed` says."""
+        [projected_TP] = inputs
         arrays, (windows, states) = batch.arrays, state.slots[self.layer]
         is_bf16 = windows.dtype == torch.bfloat16
         out_TI = np.empty((projected_TP.shape[0] if has_output else 0, self.shape.inner_dim), np.float32)
@@ -303,53 +274,28 @@ class Mamba2Mixer(Mixer):
             (windows.view(torch.int16) if is_bf16 else windows).numpy(),
             is_bf16,
             states.numpy(),
-            *self.packed,
+            *self.core_params,
             has_output,
             out_TI,
         )
         return out_TI
 
-    def _mix(self, projected_TP: Tensor, batch: Batch, state: State) -> Tensor:
-        """Compute the mixer's core, from the output of `in_proj` to the input of `out_proj`, without the CPU kernels.
-
-        Maps (T, gate | x | B | C | Δ) -> (T, inner) with the fused CUDA kernels if installed, otherwise with PyTorch.
-        """
-        window_RKC, ssm_RHDN = state.read(self.layer, batch)
-        out_TI, *values = self._mix_from(projected_TP, window_RKC, ssm_RHDN, batch)
-        state.write(self.layer, batch, values)
-        return out_TI
-
-    def _mix_from(
-        self, projected_TP: Tensor, window_RKC: Tensor, ssm_RHDN: Tensor, batch: Batch
+    def mix_from(
+        self, inputs: tuple[Tensor, ...], window_RKC: Tensor, state_R: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute `_mix` from the given state; return the outputs (T, inner) and the new state."""
+        [projected_TP] = inputs
         gate_TI, xbc_TC, delta_TH = self.split(projected_TP)
         conv = kernels.causal_conv(projected_TP.device) or causal_conv
         xbc_TC, window_RKC = conv(xbc_TC, self.conv1d.weight[:, 0], self.conv1d.bias, window_RKC, batch)
         x_THD, delta_TH, a_H, b_TGN, c_TGN = self.scan_inputs(xbc_TC, delta_TH)
-        y_THD, ssm_RHDN = self.advance(x_THD, delta_TH, a_H, b_TGN, c_TGN, ssm_RHDN, batch)
+        y_THD, ssm_RHDN = self.advance(x_THD, delta_TH, a_H, b_TGN, c_TGN, state_R, batch)
         return self.finish(y_THD, x_THD, gate_TI), window_RKC, ssm_RHDN
 
-    def _mix_token_by_token(self, projected_TP: Floats, batch: Batch, state: State) -> Floats:
-        """Compute `_mix_packed` in plain PyTorch, for shapes that the CPU kernels do not support.
-
-        Every token is computed alone, in calls of one fixed size, and the inputs of the convolution are rounded to the
-        dtype of the window in the state. So a token's bits depend only on the request's own tokens.
-        """
-        windows_RKC, states_RHDN = state.read(self.layer, batch)
-        one_token = Batch(batch.token_ids_T[:1], (1,), (0,), (0,), ((0,),))
-        outputs, new_windows, new_states = [], [], []
-        rows_TP = torch.from_numpy(projected_TP).clone()
-        self.split(rows_TP)[1].copy_(self.split(rows_TP)[1].to(windows_RKC.dtype))
-        for r, row_of_request_TP in enumerate(rows_TP.split(list(batch.lens))):
-            window, ssm = windows_RKC[r : r + 1].float(), states_RHDN[r : r + 1]
-            for row in row_of_request_TP.split(1):
-                out, window, ssm = self._mix_from(row, window, ssm, one_token)
-                outputs.append(out)
-            new_windows.append(window)
-            new_states.append(ssm)
-        state.write(self.layer, batch, (torch.cat(new_windows), torch.cat(new_states)))
-        return torch.cat(outputs).float().numpy()
+    def round_inputs(self, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        rows_TP = inputs[0].clone()
+        xbc_TC = self.split(rows_TP)[1]
+        xbc_TC.copy_(xbc_TC.to(dtype))
+        return (rows_TP,)
 
     def advance(
         self, x: Tensor, delta: Tensor, a_H: Tensor, b: Tensor, c: Tensor, ssm: Tensor, batch: Batch

@@ -40,11 +40,11 @@ class Mixer(nn.Module, ABC):
     def forward(self, h_TD: Tensor, batch: Batch, state: State) -> Tensor:
         """Compute the mixer in plain PyTorch; read and update the requests' state."""
 
-    def commit(self, rows: Tensor, accepted: Batch, state: State) -> None:
+    def commit(self, places: Tensor, accepted: Batch, state: State) -> None:
         """Advance the recurrent state of requests with drafts over the tokens of `accepted`.
 
-        `rows` has the rows of these tokens in the step that kept its inputs. A mixer without recurrent state has
-        nothing to do.
+        `places` has the places of these tokens among the step's `draft_rows`, whose inputs the mixer has kept. A mixer
+        without recurrent state has nothing to do.
         """
 
 

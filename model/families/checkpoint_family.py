@@ -34,6 +34,7 @@ class BackboneModule(nn.Module, ABC):
     `lm_head` is None if the head has no weights of its own, and uses the embeddings.
     """
 
+    config: ModelConfig
     embeddings: Embedding
     lm_head: Linear | None
 

@@ -99,6 +99,8 @@ class MTPModule(nn.Module):
 class NemotronH(BackboneModule):
     """A `NemotronH` is a model without its routed experts; `mtp` is None if there is no MTP module to draft with."""
 
+    config: NemotronHConfig
+
     def __init__(
         self, config: NemotronHConfig, experts: Experts, with_mtp: bool = True, has_own_head: bool | None = None
     ) -> None:
@@ -131,14 +133,14 @@ class NemotronH(BackboneModule):
 
         `batch` is the batch of the last step; `num_accepted` has the number of accepted drafts of each request.
 
-        The step keeps its inputs, 0.7 MiB per token, and `commit` runs the recurrence over the inputs again. Keeping a
-        copy of the state before each draft would need 1 + drafts times the memory of the state for every running
-        request: 974 MiB per sequence for Super at 5 drafts.
+        The step keeps the inputs of these requests, 0.7 MiB per token, and `commit` runs the recurrence over the inputs
+        again. Keeping a copy of the state before each draft would need 1 + drafts times the memory of the state for
+        every running request: 974 MiB per sequence for Super at 5 drafts.
         """
-        rows, accepted = batch.accepted(num_accepted)
+        places, accepted = batch.accepted(num_accepted)
         for block in self.layers:
             mixer: Any = block.mixer
-            mixer.commit(rows, accepted, state)
+            mixer.commit(places, accepted, state)
 
     def draft(self, batch: Batch, hidden_TD: Tensor, state: State) -> Tensor:
         """Run the MTP module for one step and return hidden vectors (T, D); `logits` of these vectors give the drafts.

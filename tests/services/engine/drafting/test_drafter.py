@@ -40,7 +40,7 @@ class Watched(NemotronH):
     kept_bytes = 0
 
     def commit(self, batch: Batch, num_accepted: Sequence[int], state: State) -> None:
-        self.kept_bytes = sum(tensor.nbytes for tensor in state.uncommitted.values())
+        self.kept_bytes = sum(part.nbytes for kept in state.uncommitted.values() for part in kept)
         super().commit(batch, num_accepted, state)
 
 
