@@ -12,19 +12,27 @@ from model.cpu.norm import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """An `RMSNorm` computes x / rms(x) · weight over the last dimension: (..., D) -> (..., D)."""
+    """An `RMSNorm` computes x / rms(x) · scale over the last dimension: (..., D) -> (..., D).
 
-    def __init__(self, dim: int, eps: float) -> None:
+    The scale is the weight or, if the norm is zero-centred, 1 + weight.
+    """
+
+    def __init__(self, dim: int, eps: float, is_zero_centred: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(dim) if is_zero_centred else torch.ones(dim))
+        self.eps, self.is_zero_centred = eps, is_zero_centred
         self.packed: NDArray[np.float32] | None = None
 
     @property
     def kernel_params(self) -> tuple[NDArray[np.float32], np.float32]:
-        """Return the norm's weight and epsilon, in the types that the functions of `cpu.layers` take."""
-        weight: NDArray[np.float32] = self.weight.detach().float().numpy()
-        return weight, np.float32(self.eps)
+        """Return the norm's scale and epsilon, in the types that the functions of `cpu.layers` take."""
+        scale: NDArray[np.float32] = self.scale.detach().numpy()
+        return scale, np.float32(self.eps)
+
+    @property
+    def scale(self) -> Tensor:
+        """Return the factor of each number after the division by rms(x), in fp32: (D,)."""
+        return 1 + self.weight.float() if self.is_zero_centred else self.weight.float()
 
     def pack(self) -> None:
         """Prepare the CPU kernel; `forward` runs the kernel from now on, with fp32 inputs and outputs."""
@@ -36,7 +44,7 @@ class RMSNorm(nn.Module):
             out = torch.empty_like(rows)
             rms_norm(rows.numpy(), self.packed, np.float32(self.eps), out.numpy())
             return out.view(x.shape)
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), self.weight.shape, self.scale, self.eps).to(x.dtype)
 
 
 class GatedGroupRMSNorm(nn.Module):
@@ -56,3 +64,19 @@ class GatedGroupRMSNorm(nn.Module):
         groups = u.unflatten(-1, (self.num_groups, -1))
         normed = F.rms_norm(groups, groups.shape[-1:], eps=self.eps).flatten(-2)
         return (normed * self.weight.float()).to(gate.dtype)
+
+
+class NormedGate(nn.Module):
+    """A `NormedGate` is the output norm of Gated DeltaNet: y (..., D), gate (..., D) -> (..., D).
+
+    The norm first normalises `y` over the last dimension, and then multiplies by SiLU(gate), both in fp32.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, y: Tensor, gate: Tensor) -> Tensor:
+        normed = F.rms_norm(y.float(), self.weight.shape, self.weight.float(), self.eps)
+        return (normed * F.silu(gate.float())).to(gate.dtype)
