@@ -67,6 +67,13 @@ def project(control: Any, num_threads: Any, x_TD: Any, norm_D: Any, eps: Any, we
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
+def project_twice(control: Any, num_threads: Any, x_TD: Any, norm_D: Any, eps: Any, first: Any, second: Any) -> Any:
+    """Return first·norm(x) and second·norm(x), both fp32 (T, O), for two weights that may have different formats."""
+    h_TD = _normed(x_TD, norm_D, eps)
+    return apply_linear(control, num_threads, h_TD, first), apply_linear(control, num_threads, h_TD, second)
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
 def add_projected(control: Any, num_threads: Any, y_TI: Any, weight: Any, bias_D: Any, x_TD: Any) -> None:
     """Add W·y + bias to the residual stream x in place."""
     _add(_affine(control, num_threads, y_TI, weight, bias_D), x_TD)

@@ -49,7 +49,7 @@ MIN_WORK_TO_SHARE = 1 << 19  # (numbers in a state) · tokens; below it, waking 
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST, inline="never")
-def _convolve(
+def convolve(
     projected_TP: Any,
     start: Any,
     first: Any,
@@ -245,7 +245,7 @@ def _mix_group(
         (first_b, size, state_dim),
         (first_c, size + state_dim, state_dim),
     ):
-        _convolve(
+        convolve(
             projected_TP, start, inner, channel, window_KC, is_bf16, weight_KC, bias_C, keeps, conv_LC, place, width
         )
     y_LI = np.empty((length, size), np.float32)
