@@ -1,7 +1,7 @@
 """The script writes the checkpoint that throughput benchmarks use: random bf16 weights in the public format.
 
     python -m benchmarks.shape /tmp/shape      # then: expertmesh up --model /tmp/shape --dtype bfloat16
-    python -m benchmarks.shape /tmp/shape --family deepseek_v3
+    python -m benchmarks.shape /tmp/shape --family qwen3_next
 
 The library transformers writes the weights. Therefore transformers, Expertmesh and llama.cpp's converter can all read
 the files. Two runs with the same seed write the same weights.
@@ -111,15 +111,54 @@ DEEPSEEK: dict[str, Any] = {  # as Moonlight, but with a projection of the queri
     "pad_token_id": 0,
     "torch_dtype": "bfloat16",
 }
-SHAPES = {"nemotron_h": CONFIG, "deepseek_v3": DEEPSEEK}  # by family
+QWEN: dict[str, Any] = {  # as Qwen3-Coder-Next, but with half of the width and a sixth of the layers
+    "architectures": ["Qwen3NextForCausalLM"],
+    "model_type": "qwen3_next",
+    "vocab_size": 8192,
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "moe_intermediate_size": 192,
+    "shared_expert_intermediate_size": 192,
+    "num_hidden_layers": 8,
+    "full_attention_interval": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 5000000,
+    "partial_rotary_factor": 0.25,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "max_position_embeddings": 262144,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "torch_dtype": "bfloat16",
+}
+SHAPES = {"nemotron_h": CONFIG, "deepseek_v3": DEEPSEEK, "qwen3_next": QWEN}  # by family
 GENERATION_CONFIG = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "do_sample": False}
 STD = 0.02
 LEAST_STEP, LARGEST_STEP = 1e-3, 0.1  # range of the initial Δ in Mamba-2's training
 LARGEST_DECAY = 16.0  # largest initial A in Mamba-2's training
 
 
-def draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Draw a parameter's initial value in fp32: matrices from N(0, STD²), and A and Δ as before Mamba-2's training."""
+def draw(name: str, shape: torch.Size, generator: torch.Generator, is_zero_centred: bool) -> Tensor:
+    """Draw a parameter's initial value in fp32: matrices from N(0, STD²), and A and Δ as before Mamba-2's training.
+
+    If `is_zero_centred` is True, the scale of the norms is 1 + weight, except in DeltaNet layers.
+    """
     if name.endswith("A_log"):
         return (1 + (LARGEST_DECAY - 1) * torch.rand(shape, generator=generator)).log()
     if name.endswith("dt_bias"):
@@ -127,7 +166,7 @@ def draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
         step = (low + (high - low) * torch.rand(shape, generator=generator)).exp()
         return step + (-(-step).expm1()).log()  # the inverse of softplus
     if name.endswith((".D", "norm.weight", "norm_f.weight")):
-        return torch.ones(shape)
+        return torch.zeros(shape) if is_zero_centred and "linear_attn" not in name else torch.ones(shape)
     if name.endswith("bias"):
         return torch.zeros(shape)
     fan_in = 1 / math.sqrt(shape[-1]) if "conv1d" in name else STD
@@ -138,10 +177,10 @@ def make_model(config: dict[str, Any], seed: int) -> PreTrainedModel:
     """Return the transformers model. Its weights are bf16, but the router's correction bias is fp32."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     model.train(False)
-    generator = torch.Generator().manual_seed(seed)
+    generator, is_zero_centred = torch.Generator().manual_seed(seed), config["model_type"] == "qwen3_next"
     for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
-        is_bias = name.endswith("e_score_correction_bias")
-        parameter.data = draw(name, parameter.shape, generator).to(torch.float32 if is_bias else torch.bfloat16)
+        dtype = torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
+        parameter.data = draw(name, parameter.shape, generator, is_zero_centred).to(dtype)
     return model
 
 
