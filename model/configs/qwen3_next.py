@@ -1,7 +1,4 @@
-"""A `Qwen3NextConfig` holds the config of a Qwen3-Next model (Qwen3-Coder-Next), in any public dialect.
-
-This version sizes these models; it does not serve them yet.
-"""
+"""A `Qwen3NextConfig` holds the config of a Qwen3-Next model (Qwen3-Coder-Next), in any public dialect."""
 
 from __future__ import annotations
 
@@ -22,6 +19,8 @@ FIXED = {  # for each key, the only values that this code supports
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "use_sliding_window": (False, None),
+    "attn_output_gate": (True,),  # this key and the next stand in configs of related families
+    "scoring_func": ("softmax",),
 }
 FULL, LINEAR = "full_attention", "linear_attention"
 INTERVAL = 4  # `full_attention_interval` if the config has neither this key nor `layer_types`
@@ -35,7 +34,7 @@ def _layer_types(keys: ConfigKeys, num_layers: int) -> tuple[str, ...]:
         interval = keys.whole("full_attention_interval", INTERVAL) or INTERVAL
         return tuple(LINEAR if (layer + 1) % interval else FULL for layer in range(num_layers))
     if len(types) != num_layers or not {*types} <= {FULL, LINEAR}:
-        raise ValueError(f"config.json must list {num_layers} layer_types, each {LINEAR} or {FULL}")
+        raise keys.wrong("layer_types", f"allowed is a list of {num_layers} names, each {LINEAR} or {FULL}")
     return tuple(types)
 
 
@@ -77,7 +76,8 @@ class Qwen3NextConfig:
         need = keys.need
         keys.check_fixed(FIXED)
         hidden, num_layers, head_dim = need("hidden_size"), need("num_hidden_layers"), need("head_dim")
-        step, dense_only = keys.whole("decoder_sparse_step", 1) or 1, keys.items("mlp_only_layers", int)
+        step = 1 if keys.raw.get("decoder_sparse_step") is None else need("decoder_sparse_step")
+        dense_only = keys.items("mlp_only_layers", int)
         moe_layers = tuple(layer for layer in range(num_layers) if layer not in dense_only and (layer + 1) % step == 0)
         num_heads = need("num_attention_heads")
         num_kv_heads = keys.whole("num_key_value_heads", 0) or num_heads

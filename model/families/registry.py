@@ -8,10 +8,12 @@ from model.checkpoint import Checkpoint
 from model.families.checkpoint_family import CheckpointFamily
 from model.families.deepseek_v3 import DeepseekV3Family
 from model.families.nemotron_h import NemotronHFamily
+from model.families.qwen3_next import Qwen3NextFamily
 
 FAMILIES: dict[str, type[CheckpointFamily]] = {
     "nemotron_h": NemotronHFamily,
     "deepseek_v3": DeepseekV3Family,
+    "qwen3_next": Qwen3NextFamily,
 }
 
 

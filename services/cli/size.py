@@ -6,7 +6,7 @@ The command starts nothing and reads no weights.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -26,7 +26,6 @@ from services.hub import Repository
 
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 DEFAULT = Slo()
-SERVED_TYPES = ("nemotron_h", "deepseek_v3")  # this version serves these; it can size more models
 
 
 def size_model(
@@ -115,21 +114,14 @@ def _dtype(name: str) -> Dtype | None:
     return None
 
 
-def not_served(model_type: str) -> Iterator[str]:
-    """Yield a note if this version cannot serve models of `model_type`."""
-    if model_type not in SERVED_TYPES:
-        yield f"Note: this version serves {' and '.join(SERVED_TYPES)}; {model_type} can only be sized."
-
-
 def _show_one(name: str, model: ModelSizes, made: Sizing, slo: Slo, as_json: bool) -> None:
-    notes = list(not_served(made.model_type))
     if as_json:
         parts = {"params": model.params, "stored_bytes": model.stored(made.dtype)}
-        typer.echo(json.dumps({"model": name, **made.to_dict(), **parts, "notes": notes}, indent=2))
+        typer.echo(json.dumps({"model": name, **made.to_dict(), **parts}, indent=2))
         return
     for table in size_tables(name, model, made, slo):
         console.print(table)
-    _say((*made.reasons, *notes))
+    _say(made.reasons)
 
 
 def _show_all(configs: Mapping[str, Mapping[str, Any]], gpu: Gpu, dtype: str, slo: Slo, as_json: bool) -> None:

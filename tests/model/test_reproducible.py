@@ -17,7 +17,7 @@ from tests.model.checkpoints import WITH_MTP, Tiny
 from tests.model.steps import Steps, full_logits, random_tokens
 from tests.model.variants import VARIANTS
 
-DEEPSEEK = ("deepseek", "deepseek_odd")
+OTHERS = ("deepseek", "deepseek_odd", "qwen", "qwen_odd")
 DTYPES = (torch.float32, torch.bfloat16)
 LENGTH = 50
 
@@ -28,7 +28,7 @@ def with_mtp(request: pytest.FixtureRequest, tiny_of: Callable[[str], Tiny]) -> 
     return family.load_backbone(family.load_local_experts(request.param), request.param)
 
 
-@pytest.fixture(params=[(name, dtype) for name in (WITH_MTP, "odd", *DEEPSEEK) for dtype in DTYPES], ids=str)
+@pytest.fixture(params=[(name, dtype) for name in (WITH_MTP, "odd", *OTHERS) for dtype in DTYPES], ids=str)
 def exact(request: pytest.FixtureRequest, tiny_of: Callable[[str], Tiny]) -> BackboneModule:
     """Return a model of which every block has compiled kernels, or one with blocks in plain PyTorch ("odd")."""
     name, dtype = request.param
@@ -86,6 +86,7 @@ def test_drafts_leave_no_trace(exact: BackboneModule, num_right: int) -> None:
     batch = with_drafts(steps.batch([(3, [tokens[12], *drafts], 12), (1, other[9:11], 9)]), (3, 0))
     with torch.no_grad():
         logits = exact.logits(exact(batch, steps.state))
+        assert {len(part) for kept in steps.state.uncommitted.values() for part in kept} == {4}  # rows of request 3
         exact.commit(batch, [num_right, 0], steps.state)
     assert torch.equal(logits[: num_right + 1], whole[12 : 13 + num_right])
     assert torch.equal(logits[4:], whole_other[9:11])
@@ -97,8 +98,11 @@ def test_drafts_leave_no_trace(exact: BackboneModule, num_right: int) -> None:
 
 
 @pytest.mark.parametrize("num_right", [0, 2])
-def test_plain_pytorch_takes_drafts_back_too(model_of: Callable[..., BackboneModule], num_right: int) -> None:
-    model, tokens = model_of(WITH_MTP, True), random_tokens(30)
+@pytest.mark.parametrize("name", [WITH_MTP, "qwen"])
+def test_plain_pytorch_takes_drafts_back_too(
+    model_of: Callable[..., BackboneModule], name: str, num_right: int
+) -> None:
+    model, tokens = model_of(name, True), random_tokens(30)
     steps, whole = Steps(model), full_logits(model, tokens)
     steps.logits((0, tokens[:12], 0))
     batch = with_drafts(steps.batch([(0, [tokens[12], *tokens[13 : 13 + num_right], 7], 12)]), (num_right + 1,))
@@ -119,7 +123,7 @@ def test_copied_state_and_pages_go_on_as_the_original(exact: BackboneModule) -> 
     assert torch.equal(steps.logits((4, tokens[20:], 20))[0], full_logits(exact, tokens)[20:])
 
 
-@pytest.mark.parametrize("name", [WITH_MTP, *DEEPSEEK])
+@pytest.mark.parametrize("name", [WITH_MTP, *OTHERS])
 def test_the_first_keys_hide_what_lies_before(model_of: Callable[..., BackboneModule], name: str) -> None:
     """Check that a request ignores the keys before its first key, with the CPU kernels and in plain PyTorch."""
     tokens = random_tokens(20)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.model import checkpoints, deepseek_checkpoints
+from tests.model import checkpoints, deepseek_checkpoints, qwen_checkpoints
 from tests.model.checkpoints import Tiny
 
 NEMOTRON, DEEPSEEK = tuple(checkpoints.VARIANTS), tuple(deepseek_checkpoints.VARIANTS)
-VARIANTS = (*NEMOTRON, *DEEPSEEK)
-QUANTIZED = (*checkpoints.QUANTIZED, *deepseek_checkpoints.QUANTIZED)
+QWEN = tuple(qwen_checkpoints.VARIANTS)
+VARIANTS = (*NEMOTRON, *DEEPSEEK, *QWEN)
+QUANTIZED = (*checkpoints.QUANTIZED, *deepseek_checkpoints.QUANTIZED, *qwen_checkpoints.QUANTIZED)
 
 
 def write_variant(path: Path, name: str) -> Tiny:
     """Write the checkpoint of variant `name` to `path`; every call writes the same weights."""
     if name in DEEPSEEK:
         return deepseek_checkpoints.write_deepseek(path, name)
+    if name in QWEN:
+        return qwen_checkpoints.write_qwen(path, name)
     return checkpoints.write_tiny(path, name)

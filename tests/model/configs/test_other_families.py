@@ -141,6 +141,42 @@ def test_the_registry_finds_the_class(raw: dict[str, Any]) -> None:
         (DEEPSEEK, {"routed_scaling_factor": None}, "config.json lacks the key routed_scaling_factor"),
         (DEEPSEEK, {"norm_topk_prob": "yes"}, "config.json has norm_topk_prob = 'yes'; allowed are true and false"),
         (QWEN, {"hidden_act": "gelu"}, "config.json has hidden_act = 'gelu'; supported is 'silu'"),
+        (QWEN, {"scoring_func": "sigmoid"}, "config.json has scoring_func = 'sigmoid'; supported is 'softmax'"),
+        (QWEN, {"attn_output_gate": False}, "config.json has attn_output_gate = False; supported is True"),
+        (QWEN, {"use_sliding_window": True}, "config.json has use_sliding_window = True; supported is False or None"),
+        (QWEN, {"attention_bias": True}, "config.json has attention_bias = True; supported is False"),
+        (
+            QWEN,
+            {"rope_scaling": {"rope_type": "longrope", "factor": 4}},
+            "config.json has rope_scaling.rope_type = 'longrope'; supported are default and yarn",
+        ),
+        (
+            QWEN,
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6}},
+            "config.json has rope_parameters.rope_type = 'linear'; supported are default and yarn",
+        ),
+        (
+            QWEN,
+            {"num_hidden_layers": 2, "layer_types": ["linear_attention", "sliding"]},
+            "config.json has layer_types = ['linear_attention', 'sliding']; allowed is a list of 2 names, each "
+            "linear_attention or full_attention",
+        ),
+        (
+            QWEN,
+            {"layer_types": "full_attention"},
+            "config.json has layer_types = 'full_attention'; allowed is a list of",
+        ),
+        (
+            QWEN,
+            {"decoder_sparse_step": 0},
+            "config.json has decoder_sparse_step = 0; allowed is a positive integer",
+        ),
+        (QWEN, {"mlp_only_layers": ["3"]}, "config.json has mlp_only_layers = ['3']; allowed is a list of integers"),
+        (
+            QWEN,
+            {"partial_rotary_factor": 0.254},
+            "config.json asks for RoPE with theta = 5e+06 for 65 of the 256 numbers of a head",
+        ),
         (
             QWEN,
             {"num_experts_per_tok": 513},

@@ -19,22 +19,24 @@ from cluster.sizing.sizing import Sizing, size
 from model.blocks.expert_bank import LocalExperts, memory_of_all
 from model.configs.deepseek_v3 import DeepseekV3Config
 from model.configs.model_config import ModelConfig
-from model.configs.registry import parse_config
+from model.configs.qwen3_next import Qwen3NextConfig
+from model.configs.registry import CONFIGS, parse_config
 from model.configs.state_spec import BLOCK_SIZE
 from model.demo import DEMO
 from model.families.checkpoint_family import BackboneModule
-from model.families.deepseek_v3 import DeepseekV3, DeepseekV3Family
-from model.families.nemotron_h import NemotronH, NemotronHFamily
+from model.families.deepseek_v3 import DeepseekV3
+from model.families.nemotron_h import NemotronH
+from model.families.qwen3_next import Qwen3Next
 from model.families.registry import FAMILIES
 from services.args import CHECKPOINT_SHARE, NUM_HOMES, AppArgs
 from services.cli import main
-from services.cli.size import DTYPES, SERVED_TYPES
+from services.cli.size import DTYPES
 from services.engine.drafting.draft_depth import DEFAULT_DRAFT_TOKENS, MAX_UNREAD
 from services.engine.drafting.drafter import bytes_per_request
 from services.engine.scheduling.memory import plan_memory
 
 NEMOTRONS = [name for name in known_models() if "Nemotron" in name]
-DEEPSEEK = "DeepSeek-V3"
+DEEPSEEK, QWEN = "DeepSeek-V3", "Qwen3-Coder-Next"
 CONFIG = json.loads((DEMO / "config.json").read_text())
 
 
@@ -89,7 +91,6 @@ def test_json_is_the_sizing() -> None:
     assert report["model"] == "NVIDIA-Nemotron-3-Super-120B-A12B"
     assert sum(report["stored_bytes"].values()) == made.checkpoint_bytes
     assert report["stored_bytes"].keys() == report["params"].keys()
-    assert report["notes"] == []
 
 
 def test_a_directory_a_file_and_a_name_are_the_same_model(tmp_path: Path) -> None:
@@ -133,13 +134,13 @@ def test_the_demo_is_sized_with_the_context_it_has() -> None:
     assert (report["backbone_gpus"], report["expert_gpus"]) == (1, 2)
 
 
-def test_what_this_version_cannot_serve_is_noted() -> None:
-    assert set(SERVED_TYPES) == set(FAMILIES)
+def test_every_model_that_can_be_sized_can_be_served() -> None:
+    assert set(CONFIGS) == set(FAMILIES)
+
+
+def test_what_gpus_widen_is_said() -> None:
     text = " ".join(run("--model", "deepseek-v3").split())
-    assert "this version serves" not in text
     assert "Widening: GPUs widen fp8 weights to bf16 when they load them" in text
-    text = " ".join(run("--model", "qwen3-coder-next").split())
-    assert "Note: this version serves nemotron_h and deepseek_v3; qwen3_next can only be sized." in text
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def sized(name: str, context: int) -> Sizing:
     return size(raw, GPUS["b200"], "bf16", Slo(48, context, itl_ms=1000.0))
 
 
-@pytest.mark.parametrize("name", ["demo", *NEMOTRONS, DEEPSEEK])
+@pytest.mark.parametrize("name", ["demo", *NEMOTRONS, DEEPSEEK, QWEN])
 def test_state_and_drafts_are_the_engines(name: str) -> None:
     assert (PAGE, SAVED_SHARE) == (BLOCK_SIZE, CHECKPOINT_SHARE)
     assert (DRAFT_TOKENS, UNREAD_TOKENS) == (DEFAULT_DRAFT_TOKENS, MAX_UNREAD)
@@ -232,17 +233,19 @@ def test_experts_are_the_models(name: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["demo", *NEMOTRONS, DEEPSEEK])
+@pytest.mark.parametrize("name", ["demo", *NEMOTRONS, DEEPSEEK, QWEN])
 def test_the_backbones_weights_are_the_models(name: str) -> None:
     """Compare the sizing's bytes of backbone weights with the bytes of the tensors that a backbone holds."""
-    _, config = config_of(name)
+    raw, config = config_of(name)
     with torch.device("meta"):
         if isinstance(config, DeepseekV3Config):
             model: BackboneModule = DeepseekV3(config, LocalExperts({}), with_mtp=True, has_own_head=True)
+        elif isinstance(config, Qwen3NextConfig):
+            model = Qwen3Next(config, LocalExperts({}), has_own_head=True)
         else:
             model = NemotronH(config, LocalExperts({}))
     weights = model.state_dict().items()
-    fp32 = DeepseekV3Family.fp32_parameters if name == DEEPSEEK else NemotronHFamily.fp32_parameters
+    fp32 = FAMILIES[raw["model_type"]].fp32_parameters
     held = sum(tensor.numel() * (4 if name.endswith(fp32) else 2) for name, tensor in weights)
     assert sized(name, 1000).backbone_weight_bytes == held
 
