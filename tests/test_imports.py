@@ -41,6 +41,7 @@ SIBLINGS = {
         "responses",
         "anthropic",
     ),
+    "services/gateway/chat": ("dialects",),
     "services/cli": ("drill",),
 }
 # Private names of libraries that our code may use, because the libraries have no public names for the same things.

@@ -14,10 +14,10 @@ from services.engine.contract.sampling_params import Grammar, SamplingParams, Th
 from services.gateway.bounded_thread_pool import BoundedThreadPool
 from services.gateway.chat.choice_request import ChoiceRequest
 from services.gateway.chat.conversation import Conversation
-from services.gateway.chat.grammars import CheckGrammar, GrammarBuilder, Markers
-from services.gateway.chat.markers import THINK_END, THINK_START
+from services.gateway.chat.grammars import CheckGrammar, GrammarBuilder
 from services.gateway.chat.stop_strings import StopStrings
 from services.gateway.chat.tokenizer import Tokenizer
+from services.gateway.chat.tools import ToolUse
 from services.gateway.errors import ApiError, invalid
 from services.gateway.generation_request import GenerationRequest, Prompt
 from services.gateway.limits import GatewayLimits
@@ -76,8 +76,9 @@ class Preparation:
         # pool has more threads than slow grammars may wait in `check_grammar`, so other grammars find a thread.
         self._grammar_threads = BoundedThreadPool(NUM_GRAMMAR_THREADS)
         budget = SchemaBudget(limits.schema_nodes, limits.schema_bytes)
-        self._grammars = GrammarBuilder(Markers.of(tokenizer), budget, check_grammar)
-        self._think_end_ids = tokenizer.marker_ids(THINK_END)
+        self._dialect = tokenizer.dialect
+        self._grammars = GrammarBuilder(self._dialect, budget, check_grammar)
+        self._think_end_ids = tokenizer.marker_ids(self._dialect.think_end.text)
 
     async def choices(self, request: GenerationRequest) -> list[ChoiceRequest]:
         """Return the `n` choices of each prompt, in the order of the prompts.
@@ -98,13 +99,13 @@ class Preparation:
 
         Raises ApiError or ValueError if the prompt is invalid or too long.
         """
-        await self._check(request)
+        request = await self._checked(request)
         prompt, *_ = request.prompts()
         return await self._threads.run_if(request.size > INLINE_CHARS, self._tokenized, prompt, add_special_tokens)
 
     async def num_tokens(self, request: GenerationRequest, most: int) -> int:
         """Return the number of tokens of the request's first prompt, or `most` + 1 if the prompt has many more."""
-        await self._check(request)
+        request = await self._checked(request)
         prompt, *_ = request.prompts()
         return await self._threads.run_if(request.size > INLINE_CHARS, self._counted, prompt, most)
 
@@ -115,11 +116,17 @@ class Preparation:
                 highest = self._tokenizer.vocab_size - 1
                 raise ValueError(f"{param} holds the token id {token_id}; allowed are 0 to {highest}.")
 
-    async def _check(self, request: GenerationRequest) -> None:
-        await self._threads.run_if(request.size > INLINE_CHARS, request.check, self._limits)
+    async def _checked(self, request: GenerationRequest) -> GenerationRequest:
+        """Check `request`, and return it with the tools that the model may call in its chat format."""
+        tool_use = await self._threads.run_if(request.size > INLINE_CHARS, self._usable, request)
+        return request if tool_use is request.tool_use else replace(request, tool_use=tool_use)
+
+    def _usable(self, request: GenerationRequest) -> ToolUse:
+        request.check(self._limits)
+        return self._dialect.usable(request.tool_use)
 
     async def _choices(self, request: GenerationRequest) -> list[ChoiceRequest]:
-        await self._check(request)
+        request = await self._checked(request)
         params = request.params(self._defaults.values)
         self.check_ids("logit_bias", params.logit_bias.ids)
         self.check_ids("stop_token_ids", params.stop_token_ids)
@@ -199,7 +206,7 @@ class Preparation:
         if isinstance(prompt, list) and (lowest := min(token_ids, default=0)) < 0:
             # The engine refuses ids that are too high, because the engine knows the model's vocabulary.
             raise ValueError(f"prompt must hold token ids of at least 0, not {lowest}.")
-        in_reasoning = isinstance(prompt, Conversation) and _ends_in_reasoning(prompt, str(text))
+        in_reasoning = isinstance(prompt, Conversation) and self._dialect.ends_in_reasoning(prompt, str(text))
         is_text = isinstance(text, str) and not is_cut
         echo = (str(text) if is_text else self._tokenizer.decode(token_ids)) if request.echo else None
         return PreparedPrompt(token_ids, in_reasoning, echo)
@@ -266,15 +273,6 @@ class Preparation:
             return None
         answer, param = (answer_format.grammar, answer_format.param) if answer_format else (None, "")
         return await self._grammar_threads.run(self._grammars.build, answer, param, tool_use, in_reasoning)
-
-
-def _ends_in_reasoning(chat: Conversation, text: str) -> bool:
-    """Return True if `text`, the prompt for `chat`, ends inside the assistant's reasoning."""
-    if chat.continued_field == "reasoning_content":
-        return True
-    last = chat.messages[-1].content or ""
-    is_open = chat.continue_final_message and last.rfind(THINK_START) > last.rfind(THINK_END)
-    return is_open or text.rstrip().endswith(THINK_START)
 
 
 async def _in_time(work: Awaitable[T], deadline: float) -> T:

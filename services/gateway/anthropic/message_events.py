@@ -12,8 +12,8 @@ from typing import Any
 
 import pydantic_core
 
-from services.gateway.chat.answer_parser import ToolCallDelta
 from services.gateway.chat.text_delta import TextDelta
+from services.gateway.chat.tool_call_delta import ToolCallDelta
 from services.gateway.connection import server_event
 from services.gateway.schema.json_text import dumps
 

@@ -37,6 +37,13 @@ def json_size(*values: Any) -> int:
 
 
 @dataclass(frozen=True)
+class PastCallForm:
+    """A `PastCallForm` is the form in which a chat template needs the calls of earlier turns."""
+
+    is_text: bool = False  # True: the arguments are JSON text; False: the arguments are an object
+
+
+@dataclass(frozen=True)
 class PastCall:
     """A `PastCall` is a tool call that the model made in an earlier turn of the conversation."""
 
@@ -44,9 +51,10 @@ class PastCall:
     name: str
     arguments: str  # the text of a JSON object
 
-    def to_template(self) -> dict[str, Any]:
-        """Return the call in the form that Hugging Face chat templates expect, with the arguments as an object."""
-        function = {"name": self.name, "arguments": json.loads(self.arguments)}
+    def to_template(self, form: PastCallForm) -> dict[str, Any]:
+        """Return the call in the form that Hugging Face chat templates expect."""
+        arguments = self.arguments if form.is_text else json.loads(self.arguments)
+        function = {"name": self.name, "arguments": arguments}
         return {"id": self.id, "type": "function", "function": function}
 
 
@@ -68,11 +76,11 @@ class ChatMessage:
         texts += [text for call in self.tool_calls for text in (call.id, call.name, call.arguments)]
         return sum(map(len, texts)) + CHARS_PER_MESSAGE + CHARS_PER_CALL * len(self.tool_calls)
 
-    def to_template(self) -> dict[str, Any]:
+    def to_template(self, form: PastCallForm) -> dict[str, Any]:
         """Return the message in the form that Hugging Face chat templates expect, without empty optional fields."""
         fields: dict[str, Any] = {"role": self.role, "content": self.content or ""}
         if self.tool_calls:
-            fields["tool_calls"] = [call.to_template() for call in self.tool_calls]
+            fields["tool_calls"] = [call.to_template(form) for call in self.tool_calls]
         optional = {"name": self.name, "reasoning_content": self.reasoning, "tool_call_id": self.tool_call_id}
         return fields | {name: value for name, value in optional.items() if value}
 

@@ -17,7 +17,7 @@ class Detokenizer:
 
     def __init__(self, token_bytes: Sequence[bytes], markers: Iterable[Marker] = ()) -> None:
         self._token_bytes = token_bytes
-        self._markers = {marker.special_id: marker.text.encode() for marker in markers}
+        self._markers = {marker.token_id: marker.text.encode() for marker in markers}
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:

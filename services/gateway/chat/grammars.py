@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from services.engine.contract.sampling_params import Grammar, GrammarKind
-from services.gateway.chat.call_rules import CallRules, json_rule, spelled
-from services.gateway.chat.markers import CALL_END, CALL_START, THINK_END, Marker
-from services.gateway.chat.tokenizer import Tokenizer
+from services.gateway.chat.dialects.call_rules import json_rule, spelled
+from services.gateway.chat.dialects.dialect import Dialect
+from services.gateway.chat.markers import Marker
 from services.gateway.chat.tools import ToolUse
 from services.gateway.schema.budget import SchemaBudget
 from services.gateway.schema.counted_chars import CountedChars
@@ -28,19 +28,6 @@ from services.gateway.schema.regex import literal
 # A function that raises ValueError if a grammar cannot be used; see
 # `services.engine.grammar.grammar_checker.GrammarChecker.check`.
 CheckGrammar = Callable[[Grammar], None]
-
-
-@dataclass(frozen=True)
-class Markers:
-    """A `Markers` holds one tokenizer's markers for the end of reasoning, and the start and end of a tool call."""
-
-    think_end: Marker
-    call_start: Marker
-    call_end: Marker
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> Markers:
-        return cls(tokenizer.marker(THINK_END), tokenizer.marker(CALL_START), tokenizer.marker(CALL_END))
 
 
 def any_of(choices: Sequence[str]) -> Grammar:
@@ -66,7 +53,7 @@ def check(grammar: Grammar, param: str, check_grammar: CheckGrammar) -> None:
 class GrammarBuilder:
     """A `GrammarBuilder` makes the grammar of a request's answer; `build` takes long for large schemas."""
 
-    markers: Markers
+    dialect: Dialect
     budget: SchemaBudget
     check_grammar: CheckGrammar | None
 
@@ -96,7 +83,7 @@ class GrammarBuilder:
     def _composed(
         self, answer: Grammar | None, tool_use: ToolUse, in_reasoning: bool, is_relaxed: bool
     ) -> Grammar | None:
-        composed = compose(answer, tool_use, in_reasoning, self.markers, is_relaxed)
+        composed = compose(answer, tool_use, in_reasoning, self.dialect, is_relaxed)
         if composed is None or composed is answer:
             return composed
         return self._checked(composed, "tools" if tool_use.tools else "the answer's form")
@@ -126,7 +113,7 @@ class GrammarBuilder:
 
 
 def compose(
-    answer: Grammar | None, tool_use: ToolUse, in_reasoning: bool, markers: Markers, is_relaxed: bool = False
+    answer: Grammar | None, tool_use: ToolUse, in_reasoning: bool, dialect: Dialect, is_relaxed: bool = False
 ) -> Grammar | None:
     """Return one grammar for the whole answer, or None if the answer may be any text.
 
@@ -135,7 +122,7 @@ def compose(
       text and calls, the grammar makes calls match the schemas only if at least one tool is strict, or if the client
       named the tools that may be called.
     - `in_reasoning`: True if the answer begins with reasoning, which ends at `</think>`, or at a tool call.
-    - `markers`: the markers of the model's tokenizer.
+    - `dialect`: the format of the answer, with the markers of the model's tokenizer.
     - `is_relaxed`: if True, the grammar enforces only the types of the arguments of tools that are not strict.
 
     Raises ValueError if the schemas of the tools cannot be expressed; see `CallRules`.
@@ -146,21 +133,18 @@ def compose(
     if answer is not None and not tools and not in_reasoning:
         return answer
     counted = CountedChars(answer.num_counted if answer is not None else 0)
-    rules = CallRules(tool_use, markers.call_start, markers.call_end, counted, is_relaxed).rules if tools else []
+    calls = dialect.call_rules(tool_use, counted, is_relaxed) if tools else None
+    rules, rest = (calls.rules, calls.more) if calls else ([], None)
     if answer is not None:
         rules.append(f"answer: {_expression(answer)}")
-        start, rest = "answer | calls" if tools else "answer", _more_calls(tool_use)
+        start = "answer | calls" if tools else "answer"
     elif tool_use.is_forced:
-        start, rest = "calls", _more_calls(tool_use)
+        start = "calls"
     else:
-        rules += _free_rules(markers.call_start, tool_use)
+        rules += _free_rules(dialect.calls_start, tool_use)
         start, rest = "free", "" if tool_use.max_calls == 1 else "free"
-    rules += _reasoning_rules(markers, start, rest if tools else None) if in_reasoning else [f"start: {start}"]
+    rules += _reasoning_rules(dialect, start, rest) if in_reasoning else [f"start: {start}"]
     return Grammar(GrammarKind.LARK, "\n".join(rules) + "\n", counted.num)
-
-
-def _more_calls(tool_use: ToolUse) -> str:
-    return "" if tool_use.max_calls == 1 else '("\\n" call)*'
 
 
 def _expression(grammar: Grammar) -> str:
@@ -186,23 +170,23 @@ def _ending_with(marker: Marker, ends: Sequence[Marker]) -> str:
     return f"({ANY_TEXT} {json.dumps(marker.text)}) & ~/(?s:.*)({not_before})(?s:.+)/"
 
 
-def _reasoning_rules(markers: Markers, start: str, rest: str | None) -> list[str]:
+def _reasoning_rules(dialect: Dialect, start: str, rest: str | None) -> list[str]:
     """Return the rules for reasoning, which ends at the marker of its end or, if `rest` is a string, at a tool call.
 
     - `start`: the expression for all that may follow the reasoning and its end marker.
     - `rest`: the expression for all that may follow a tool call that ends the reasoning; None: there are no tools.
     """
-    think_end, call_start = markers.think_end, markers.call_start
-    used = [think_end] if rest is None else [think_end, call_start]
-    texts = [marker for marker in used if marker.special_id is None]
+    think_end = dialect.think_end
+    used = [think_end] if rest is None else [think_end, dialect.calls_start]
+    texts = [marker for marker in used if marker.token_id is None]
     rules, ends = [r"GAP: /\n{0,2}/"], [f"think_end GAP ({start})"]
-    if think_end.special_id is None:
+    if think_end.token_id is None:
         rules += ["think_end: THINK_END", f"THINK_END: {_ending_with(think_end, texts)}"]
     else:
         rules.append(f"think_end: think {spelled(think_end)}")
-    if rest is not None:
+    for call_start in used[1:]:
         ends.append(f"think_call call_rest {rest}")
-        if call_start.special_id is None:
+        if call_start.token_id is None:
             rules += ["think_call: THINK_CALL", f"THINK_CALL: {_ending_with(call_start, texts)}"]
         else:
             rules.append(f"think_call: think {spelled(call_start)}")
@@ -214,7 +198,7 @@ def _reasoning_rules(markers: Markers, start: str, rest: str | None) -> list[str
 def _free_rules(marker: Marker, tool_use: ToolUse) -> list[str]:
     """Return the rules for text in which `marker` begins a valid call."""
     more = "?" if tool_use.max_calls == 1 else "*"
-    if marker.special_id is not None:
+    if marker.token_id is not None:
         return [f"free: TEXT (call TEXT){more}", f"TEXT: {ANY_TEXT}"]
     without = f"TEXT: {ANY_TEXT} & ~/(?s:.*){literal(marker.text)}(?s:.*)/"
     return [f"free: (TEXT_TO_CALL call_rest){more} TEXT", f"TEXT_TO_CALL: {_ending_with(marker, [marker])}", without]

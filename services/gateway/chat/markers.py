@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 THINK_START, THINK_END = "<think>", "</think>"
-CALL_START, CALL_END = "<tool_call>", "</tool_call>"
 
 
 @dataclass(frozen=True)
 class Marker:
-    """A `Marker` is a string that begins or ends a section of an answer, and may be a special token."""
+    """A `Marker` is a string that begins or ends a section of an answer, and may be one token of the vocabulary.
+
+    A marker with a `token_id` is only the token with this id. The same string in other tokens is ordinary text.
+    """
 
     text: str
-    special_id: int | None  # id of the special token; None: the tokenizer treats the string like any other text
+    token_id: int | None  # id of the added token; None: the tokenizer treats the string like any other text

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from services.engine.contract.token_output import FinishReason, TokenLogprob, TokenOutput
-from services.gateway.chat.answer_parser import AnswerParser, AnswerParts, ToolCallDelta
+from services.gateway.chat.answer_parser import AnswerParser, AnswerParts
 from services.gateway.chat.choice_request import ChoiceRequest
 from services.gateway.chat.detokenizer import Detokenizer
-from services.gateway.chat.markers import CALL_END, CALL_START, THINK_END
 from services.gateway.chat.stop_strings import StopMatcher
 from services.gateway.chat.text_delta import ScoredToken, TextDelta
 from services.gateway.chat.tokenizer import Tokenizer
+from services.gateway.chat.tool_call_delta import ToolCallDelta
 
 TOOL_CALLS = "tool_calls"  # OpenAI's finish reason for an answer that calls tools
 FLOOR = -9999.0  # logprob that is shown for probability 0, because JSON has no infinity
@@ -30,9 +30,13 @@ class OutputProcessor:
         self._num_tokens = self._num_reasoning = self._num_chars = 0
         self._stops = StopMatcher(request.stops)
         tool_use, tools = request.tool_use, request.tool_use.callable_tools
-        self._parser = AnswerParser(request.in_reasoning, tools, tool_use.is_forced, tool_use.max_calls)
-        names = [*([THINK_END] if request.in_reasoning else []), *([CALL_START, CALL_END] if tools else [])]
-        markers = map(tokenizer.marker, names) if request.skip_special_tokens else tokenizer.special_markers
+        dialect = tokenizer.dialect
+        self._parser = AnswerParser(dialect, request.in_reasoning, tools, tool_use.is_forced, tool_use.max_calls)
+        opens = dialect.opens_reasoning and not request.in_reasoning
+        thinks = [dialect.think_start] * opens + [dialect.think_end] * (opens or request.in_reasoning)
+        used = [*thinks, *(dialect.call_markers if tools else ())]
+        self._markers = {marker.token_id: marker for marker in used if marker.token_id is not None}
+        markers = self._markers.values() if request.skip_special_tokens else tokenizer.special_markers
         self._detokenizer = Detokenizer(tokenizer.token_bytes, markers)
         self._is_first = True
 
@@ -100,6 +104,8 @@ class OutputProcessor:
         self._num_reasoning += self._parser.is_in_reasoning
         text = self._detokenizer.push(token_id)
         self._num_chars += len(text)
+        if marker := self._markers.get(token_id):
+            self._parser.expect_marker(self._num_chars - len(marker.text))
         is_stopped = False
         if self._num_tokens > self._request.params.min_tokens:
             text, is_stopped = self._stops.push(text)

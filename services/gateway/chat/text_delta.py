@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from services.gateway.chat.answer_parser import ToolCallDelta
+from services.gateway.chat.tool_call_delta import ToolCallDelta
 
 
 @dataclass(frozen=True, slots=True)

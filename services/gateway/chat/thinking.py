@@ -11,6 +11,7 @@ from services.gateway.chat.conversation import RESERVED_KWARGS
 OFF = ("none", "minimal")  # values of reasoning_effort that switch reasoning off
 BUDGETS = {"low": 512, "medium": 2048, "high": 8192, "xhigh": 32_768, "max": None}  # tokens; None: no limit
 EFFORTS = (*OFF, *BUDGETS)
+SWITCHES = ("enable_thinking", "thinking")  # arguments of chat templates that switch reasoning on and off
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,13 @@ class Thinking:
             raise ValueError(f"chat_template_kwargs must not hold {reserved[0]!r}, which the server itself sets.")
         if self.effort is not None:
             given.setdefault("reasoning_effort", self.effort)
-        if self.is_enabled is None:
-            self._check_budget(given.get("enable_thinking"), "enable_thinking in chat_template_kwargs is false")
-            return given
-        if given.get("enable_thinking", self.is_enabled) is not self.is_enabled:
-            param = "enable_thinking" if self.effort is None else "reasoning_effort"
-            raise ValueError(f"{param} must not contradict enable_thinking in chat_template_kwargs; set only one.")
-        return given | {"enable_thinking": self.is_enabled}
+        for switch in SWITCHES:
+            if self.is_enabled is None:
+                self._check_budget(given.get(switch), f"{switch} in chat_template_kwargs is false")
+            elif given.get(switch, self.is_enabled) is not self.is_enabled:
+                param = "enable_thinking" if self.effort is None else "reasoning_effort"
+                raise ValueError(f"{param} must not contradict {switch} in chat_template_kwargs; set only one.")
+        return given if self.is_enabled is None else given | {"enable_thinking": self.is_enabled}
 
     def budget(self, room: int) -> int | None:
         """Return the maximum number of tokens of reasoning, or None for no limit.

@@ -7,10 +7,11 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from transformers import AutoTokenizer
 
+from services.gateway.chat.chat_template import ChatTemplate
 from services.gateway.chat.conversation import Conversation
+from services.gateway.chat.dialects.dialect import Dialect
 from services.gateway.chat.markers import Marker
 from services.gateway.schema.json_text import mend_text
 
@@ -28,6 +29,13 @@ class Tokenizer:
         self.token_bytes = _token_bytes(self._hf, Path(path))
         added = self._hf.backend_tokenizer.get_added_tokens_decoder()
         self._special = {token_id: str(token.content) for token_id, token in added.items() if token.special}
+        self._added = {str(token.content): token_id for token_id, token in added.items()}
+        self.template = ChatTemplate(self._hf, self.marker)
+
+    @property
+    def dialect(self) -> Dialect:
+        """Return the model's chat format, with the markers of this tokenizer."""
+        return self.template.dialect
 
     @property
     def vocab_size(self) -> int:
@@ -43,16 +51,20 @@ class Tokenizer:
         return self.token_bytes[token_id] if token_id < self.vocab_size else b""
 
     def marker(self, text: str) -> Marker:
-        """Return the marker for the string `text`, with the token id if the string is a special token."""
-        return Marker(text, next((token_id for token_id, name in self._special.items() if name == text), None))
+        """Return the marker for the string `text`, with the token id if the string is an added token.
+
+        Some models have added tokens for calls that are not special. In grammars, the library finds these tokens by
+        their ids only, too, because their names begin with `<` and end with `>`.
+        """
+        return Marker(text, self._added.get(text))
 
     def marker_ids(self, text: str) -> tuple[tuple[int, ...], ...]:
         """Return, for each token of the marker `text`, the ids that the token may have; see `ThinkingBudget.end_ids`.
 
         The search takes time linear in the size of the vocabulary: 20 ms for 131,072 tokens.
         """
-        if (special_id := self.marker(text).special_id) is not None:
-            return ((special_id,),)
+        if (token_id := self.marker(text).token_id) is not None:
+            return ((token_id,),)
         ids = self.encode(text, add_special_tokens=False)
         found = [[token_id] for token_id in ids]
         first, last = self.token_bytes[ids[0]], self.token_bytes[ids[-1]]
@@ -102,34 +114,8 @@ class Tokenizer:
         return shown
 
     def render(self, chat: Conversation) -> str:
-        """Return the text of the prompt that the chat template renders from a conversation.
-
-        Raises ValueError if the conversation is invalid, if the model has no chat template, or if the template refuses
-        the messages.
-        """
-        chat.check()
-        if not self._hf.chat_template:
-            raise ValueError("messages cannot be used because the model has no chat template; use /v1/completions.")
-        try:
-            text = self._hf.apply_chat_template(
-                [message.to_template() for message in chat.messages],
-                tools=[dict(tool) for tool in chat.tools] or None,
-                tokenize=False,
-                add_generation_prompt=chat.add_generation_prompt,
-                continue_final_message=chat.continued_field or False,
-                **chat.template_kwargs,
-            )
-        except (jinja2.TemplateError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
-            # A template is a program: messages or arguments that it does not expect may raise any of these errors.
-            raise ValueError(f"messages do not fit the model's chat template: {str(error).rstrip('.')}.") from error
-        except ValueError as error:
-            if chat.continued_field is None:
-                raise
-            raise ValueError(
-                "continue_final_message may not be true, because the model's chat template changes the end of the last "
-                "message."
-            ) from error
-        return str(text)
+        """Return the text of the prompt that the chat template renders; see `ChatTemplate.render`."""
+        return self.template.render(chat)
 
 
 def _is_of_files(name: str) -> bool:

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from services.gateway.chat.answer_parser import ToolCallDelta
 from services.gateway.chat.output_processor import TOOL_CALLS
 from services.gateway.chat.text_delta import TextDelta
 from services.gateway.chat.token_usage import TokenUsage
+from services.gateway.chat.tool_call_delta import ToolCallDelta
 from services.gateway.openai.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
 from services.gateway.schema.json_text import ENCODE, dump_parts
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from services.gateway.chat.answer_parser import ToolCallDelta
 from services.gateway.chat.text_delta import ScoredToken, TextDelta
+from services.gateway.chat.tool_call_delta import ToolCallDelta
 from services.gateway.responses.items import Item, encode_reasoning, new_id
 
 Event = dict[str, Any]

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from services.engine.contract.token_output import FinishReason
-from services.gateway.chat.answer_parser import ToolCallDelta
 from services.gateway.chat.output_processor import TOOL_CALLS
 from services.gateway.chat.text_delta import ScoredToken, TextDelta
 from services.gateway.chat.token_usage import TokenUsage
+from services.gateway.chat.tool_call_delta import ToolCallDelta
 
 FINISH_REASONS = {
     None: pb.FINISH_REASON_UNSPECIFIED,

@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 
 from services.gateway.chat.answer_parser import AnswerParser, AnswerParts
+from services.gateway.chat.dialects.xml_dialect import XmlDialect
+from services.gateway.chat.markers import Marker
 from tests.services.gateway.weather import ANY, ARGUMENTS, CALL, CALL_NOW, NOW, WEATHER
 
 TOOLS = (WEATHER, NOW, ANY)
+XML = XmlDialect(lambda text: Marker(text, None))
 Parsed = tuple[str, str, list[tuple[str, str]]]
 
 
 def parse(pieces: list[str], **kind: Any) -> Parsed:
     """Parse the text `pieces`; return the content, the reasoning, and the pair (name, arguments) of each call."""
-    parser = AnswerParser(**kind)
+    parser = AnswerParser(XML, **kind)
     parts: list[AnswerParts] = [*(parser.push(piece) for piece in pieces), parser.finish()]
     calls: dict[int, tuple[str, str]] = {}
     for delta in (delta for part in parts for delta in part.calls):
@@ -156,14 +159,14 @@ def test_a_forced_call_that_is_cut_off_shows_what_there_is() -> None:
 
 
 def test_a_forced_call_is_shown_as_it_comes_and_a_free_one_when_it_is_whole() -> None:
-    forced, free = AnswerParser(False, TOOLS, is_forced=True), AnswerParser(False, TOOLS)
+    forced, free = AnswerParser(XML, False, TOOLS, is_forced=True), AnswerParser(XML, False, TOOLS)
     assert [delta.name for delta in forced.push(CALL[:40]).calls] == ["get_weather"]
     assert free.push(CALL[:-1]).calls == ()
     assert free.push(CALL[-1:]).calls[0].name == "get_weather"
 
 
 def test_after_the_last_allowed_call_nothing_is_read() -> None:
-    parser = AnswerParser(False, TOOLS, max_calls=1)
+    parser = AnswerParser(XML, False, TOOLS, max_calls=1)
     assert len(parser.push(f"{CALL_NOW}\n{CALL_NOW} tail").calls) == 1
     assert parser.is_done
     assert parser.finish() == AnswerParts()
@@ -172,7 +175,7 @@ def test_after_the_last_allowed_call_nothing_is_read() -> None:
 def test_splitting_is_linear() -> None:
     value = "x" * 400_000
     text = f"{value}</think><tool_call><function=get_weather><parameter=city>{value}</parameter></function></tool_call>"
-    parser = AnswerParser(True, TOOLS)
+    parser = AnswerParser(XML, True, TOOLS)
     start = time.thread_time()
     parts = [parser.push(text[i : i + 4]) for i in range(0, len(text), 4)]
     assert time.thread_time() - start < 10

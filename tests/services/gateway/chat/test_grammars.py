@@ -13,7 +13,7 @@ from model.demo import DEMO
 from services.engine.contract.sampling_params import Grammar, GrammarKind
 from services.engine.grammar.compiled_grammar import GrammarCompiler
 from services.gateway.chat import grammars
-from services.gateway.chat.grammars import Markers
+from services.gateway.chat.dialects.dialect import Dialect
 from services.gateway.chat.tokenizer import Tokenizer
 from services.gateway.chat.tools import ToolMode, ToolUse
 from tests.services.gateway.weather import ANY, CALL, CALL_ANY, CALL_NOW, NOW, WEATHER
@@ -54,8 +54,8 @@ class GrammarWorld:
     end: int
 
     @property
-    def markers(self) -> Markers:
-        return Markers.of(self.tokenizer)
+    def dialect(self) -> Dialect:
+        return self.tokenizer.dialect
 
     def allows(self, grammar: Grammar, text: str) -> bool:
         """Return True if the grammar allows each token of the text and, after the last token, the end of the answer."""
@@ -75,7 +75,7 @@ def worlds(model_dir: Path) -> dict[bool, GrammarWorld]:
     - False: the small tokenizer, in which the markers are ordinary text.
     """
     made = {is_special: Tokenizer(path) for is_special, path in [(True, DEMO), (False, model_dir)]}
-    ends = {is_special: tokenizer.marker("<|im_end|>").special_id for is_special, tokenizer in made.items()}
+    ends = {is_special: tokenizer.marker("<|im_end|>").token_id for is_special, tokenizer in made.items()}
     return {
         is_special: GrammarWorld(
             made[is_special], GrammarCompiler(path, [ends[is_special] or 0]), ends[is_special] or 0
@@ -88,9 +88,9 @@ def worlds(model_dir: Path) -> dict[bool, GrammarWorld]:
 @pytest.mark.parametrize("is_special", [True, False])
 def test_calls(worlds: dict[bool, GrammarWorld], is_special: bool, reasons: bool) -> None:
     world = worlds[is_special]
-    assert world.markers.call_start.special_id == (7 if is_special else None)
+    assert world.dialect.calls_start.token_id == (7 if is_special else None)
     for use, text, is_allowed in CASES:
-        grammar = grammars.compose(None, use, reasons, world.markers)
+        grammar = grammars.compose(None, use, reasons, world.dialect)
         assert grammar is not None
         assert world.allows(grammar, (THOUGHT if reasons else "") + text) == is_allowed, (use, text)
 
@@ -110,9 +110,9 @@ def test_an_answers_form_holds_after_the_reasoning_and_beside_tools(
     worlds: dict[bool, GrammarWorld], answer_format: Grammar, good: str, bad: str, is_special: bool
 ) -> None:
     world = worlds[is_special]
-    assert grammars.compose(answer_format, ToolUse(), False, world.markers) is answer_format
+    assert grammars.compose(answer_format, ToolUse(), False, world.dialect) is answer_format
     for reasons, use in product([True, False], [ToolUse(), ToolUse((NOW,))]):
-        grammar = grammars.compose(answer_format, use, reasons, world.markers)
+        grammar = grammars.compose(answer_format, use, reasons, world.dialect)
         assert grammar is not None
         for text, is_allowed in [(good, True), (bad, False), (CALL_NOW, bool(use.tools))]:
             allowed = world.allows(grammar, (THOUGHT if reasons else "") + text)
@@ -142,16 +142,16 @@ def test_a_tool_call_may_end_the_reasoning_if_there_are_tools(
         (schema, strict, 'hm</think>{"a": 3}', True),
         (schema, ToolUse(), 'hm <tool_call> </think>{"a": 3}', not is_special),
     ]:
-        grammar = grammars.compose(answer, use, True, world.markers)
+        grammar = grammars.compose(answer, use, True, world.dialect)
         assert grammar is not None
         assert world.allows(grammar, text) == is_allowed, (answer, use, text)
 
 
 def test_free_text_has_no_grammar(worlds: dict[bool, GrammarWorld]) -> None:
-    markers = worlds[True].markers
-    assert grammars.compose(None, ToolUse(), True, markers) is None
-    assert grammars.compose(None, ToolUse((NOW,)), True, markers) is None
-    assert grammars.compose(None, ToolUse((WEATHER,), ToolMode.NONE), True, markers) is None
+    dialect = worlds[True].dialect
+    assert grammars.compose(None, ToolUse(), True, dialect) is None
+    assert grammars.compose(None, ToolUse((NOW,)), True, dialect) is None
+    assert grammars.compose(None, ToolUse((WEATHER,), ToolMode.NONE), True, dialect) is None
 
 
 def test_a_mistake_is_told_with_the_clients_parameter(compiler: GrammarCompiler) -> None:

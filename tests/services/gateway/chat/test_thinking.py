@@ -48,6 +48,21 @@ def test_a_given_budget_is_used_as_it_is() -> None:
         ({"effort": "none", "enable_thinking": True}, None, "reasoning_effort must not be 'none' if enable_thinking "),
         ({"effort": "none"}, {"enable_thinking": True}, "reasoning_effort must not contradict enable_thinking in chat"),
         ({"token_budget": 5}, {"enable_thinking": False}, "thinking_token_budget may not be given if enable_thinking "),
+        (
+            {"enable_thinking": True},
+            {"thinking": False},
+            "enable_thinking must not contradict thinking in chat_tem",
+        ),
+        (
+            {"effort": "low"},
+            {"thinking": False},
+            "reasoning_effort must not contradict thinking in chat_templat",
+        ),
+        (
+            {"token_budget": 5},
+            {"thinking": False},
+            "thinking_token_budget may not be given if thinking in chat_",
+        ),
         ({}, {"tokenize": True}, "chat_template_kwargs must not hold 'tokenize', which the server itself sets."),
     ],
 )

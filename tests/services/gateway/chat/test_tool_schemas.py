@@ -17,16 +17,20 @@ import pytest
 from model.demo import DEMO
 from services.engine.contract.sampling_params import MAX_COUNTED_CHARS, Grammar, GrammarKind
 from services.engine.grammar.compiled_grammar import GrammarCompiler
-from services.gateway.chat.answer_parser import AnswerParser, ToolCallDelta
-from services.gateway.chat.grammars import GrammarBuilder, Markers
+from services.gateway.chat.answer_parser import AnswerParser
+from services.gateway.chat.dialects.xml_dialect import XmlDialect
+from services.gateway.chat.grammars import GrammarBuilder
+from services.gateway.chat.markers import Marker
 from services.gateway.chat.tokenizer import Tokenizer
+from services.gateway.chat.tool_call_delta import ToolCallDelta
 from services.gateway.chat.tools import Tool, ToolMode, ToolUse
 from services.gateway.schema.budget import SchemaBudget
 
 TOKENIZER = Tokenizer(DEMO)
-END = TOKENIZER.marker("<|im_end|>").special_id or 0
+XML = XmlDialect(lambda text: Marker(text, None))  # finds markers in the text, without token ids
+END = TOKENIZER.marker("<|im_end|>").token_id or 0
 COMPILER = GrammarCompiler(DEMO, [END])
-BUILDER = GrammarBuilder(Markers.of(TOKENIZER), SchemaBudget(4096, 128 << 10), COMPILER.check)
+BUILDER = GrammarBuilder(TOKENIZER.dialect, SchemaBudget(4096, 128 << 10), COMPILER.check)
 CHECKER = jsonschema.Draft202012Validator.FORMAT_CHECKER
 MAX_TOKENS = 400
 DEFINITIONS = {
@@ -130,7 +134,7 @@ SCHEMAS: list[Any] = [
 
 
 def call_of(text: str, use: ToolUse) -> list[ToolCallDelta]:
-    parser = AnswerParser(False, use.callable_tools, use.is_forced, use.max_calls)
+    parser = AnswerParser(XML, False, use.callable_tools, use.is_forced, use.max_calls)
     parts = [parser.push(text), parser.finish()]
     assert [part.content for part in parts] == ["", ""], text
     return [delta for part in parts for delta in part.calls]

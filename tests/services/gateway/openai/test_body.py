@@ -14,6 +14,7 @@ from openai.types.chat import (
 )
 
 from services.engine.contract.sampling_params import SamplingParams
+from services.gateway.chat.conversation import PastCallForm
 from services.gateway.chat.tools import ToolMode
 from services.gateway.errors import ApiError
 from services.gateway.openai.body import Body, ChatBody, CompletionBody
@@ -212,7 +213,8 @@ def test_parameters_reach_the_request() -> None:
 def messages_of(*messages: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the messages in the form in which the chat template gets them."""
     conversation = parse(ChatBody, messages=list(messages)).request().prompt
-    return [message.to_template() for message in conversation.messages]  # type: ignore[union-attr]
+    messages = conversation.messages  # type: ignore[union-attr]
+    return [message.to_template(PastCallForm()) for message in messages]
 
 
 def test_messages_of_the_official_sdk_come_back_unchanged() -> None:

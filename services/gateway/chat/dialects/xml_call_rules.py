@@ -1,11 +1,11 @@
-"""A `CallRules` makes the grammar rules for the tool calls of an answer."""
+"""An `XmlCallRules` makes the grammar rules for tool calls in XML, whose values are untyped text."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from services.engine.contract.sampling_params import JSON_OPTIONS
+from services.gateway.chat.dialects.call_rules import CallRules, json_rule, spelled
 from services.gateway.chat.markers import Marker
 from services.gateway.chat.tools import Tool, ToolUse, is_string_type
 from services.gateway.schema.counted_chars import CountedChars
@@ -14,7 +14,6 @@ from services.gateway.schema.json_schema import SchemaRewriter
 from services.gateway.schema.raw_text import ANY_TEXT, TextRules
 from services.gateway.schema.regex import literal
 
-MAX_RULES = 2**17  # characters of all rules; the engine accepts no longer grammar
 VALUE_END = "</parameter>"
 
 
@@ -40,53 +39,21 @@ def texts_without(marker: str) -> str:
 NO_VALUE_END = f"/{texts_without(VALUE_END)}/"
 
 
-def spelled(marker: Marker) -> str:
-    """Return the grammar expression for `marker`: a string, or the token id of a special token."""
-    return json.dumps(marker.text) if marker.special_id is None else f"<[{marker.special_id}]>"
-
-
-def json_rule(schema: Any) -> str:
-    """Return the grammar expression for JSON text that matches `schema`, in keywords that llguidance knows."""
-    return f"%json {json.dumps(schema | JSON_OPTIONS if isinstance(schema, dict) else schema)}"
-
-
-class CallRules:
-    """A `CallRules` makes the rules `calls` (one or more calls), `call` and `call_rest` (a call behind its marker).
-
-    - `is_relaxed`: if True, the rules enforce only the types of the arguments of tools that are not strict. The caller
-      sets `is_relaxed` if the grammar of the whole schemas cannot be used.
-    - `counted`: counts the characters of lengths and repetitions, and starts at the count of the answer's own grammar.
-
-    Raises ValueError if a strict tool's schema cannot be expressed, if an enum's value cannot be written, or if the
-    rules become too long.
-    """
+class XmlCallRules(CallRules):
+    """An `XmlCallRules` holds the rules for calls between `call_start` and `call_end`, each with one function."""
 
     def __init__(
         self, tool_use: ToolUse, call_start: Marker, call_end: Marker, counted: CountedChars, is_relaxed: bool
     ) -> None:
-        self.rules: list[str] = []
-        self._num_chars, self._counted, self._is_relaxed = 0, counted, is_relaxed
-        self._shared: dict[str, str] = {}  # names of rules, by their expressions
-        self._add("calls: call" if tool_use.max_calls == 1 else 'calls: call ("\\n" call)*')
+        super().__init__(counted, is_relaxed)
+        self.more = "" if tool_use.max_calls == 1 else '("\\n" call)*'
+        self._add(f"calls: call {self.more}")
         self._add(f"call: {spelled(call_start)} call_rest")
-        names = {tool.name for tool in tool_use.callable_tools}
-        numbered = [(n, tool) for n, tool in enumerate(tool_use.tools) if tool.name in names]
-        functions = " | ".join(f"function_{n}" for n, _ in numbered)
-        self._add(f"call_rest: ({functions}) {spelled(call_end)}")
-        # The rules of strict tools are made first, so that strict tools have the first claim to counted characters.
-        for n, tool in sorted(numbered, key=lambda one: not one[1].is_strict):
-            self._add_function(n, tool)
-
-    def _add(self, rule: str) -> None:
-        self._num_chars += len(rule)
-        if self._num_chars > MAX_RULES:
-            raise ValueError(
-                f"tools make a grammar of more than {MAX_RULES} characters; give fewer tools, or smaller schemas."
-            )
-        self.rules.append(rule)
+        self._add(f"call_rest: function {spelled(call_end)}")
+        self._add_functions(tool_use)
 
     def _add_function(self, n: int, tool: Tool) -> None:
-        """Add the rules of a call of `tool`, the tool with the index `n`; their names begin with `function_{n}`.
+        """Add the rules of a call of `tool`.
 
         The parameters must come in the order of the schema; optional parameters may be left out.
         """
@@ -137,10 +104,3 @@ class CallRules:
             self._shared["any_text"] = "any_text"
             self._add(f'any_text[suffix="{VALUE_END}"]: {ANY_TEXT}')
         return 'any_text "\\n"'
-
-    def _share(self, expression: str, prefix: str) -> str:
-        """Return the name of a rule for `expression`; equal expressions share one rule."""
-        if expression not in self._shared:
-            self._shared[expression] = f"{prefix}_{len(self._shared)}"
-            self._add(f"{self._shared[expression]}: {expression}")
-        return self._shared[expression]

@@ -1,0 +1,24 @@
+"""`dialect_of` finds the dialect of a chat template."""
+
+from __future__ import annotations
+
+from services.gateway.chat.dialects.callless_dialect import CalllessDialect
+from services.gateway.chat.dialects.dialect import Dialect, FindMarker
+from services.gateway.chat.dialects.xml_call_parser import FUNCTION, PARAMETER
+from services.gateway.chat.dialects.xml_dialect import XmlDialect
+
+# dialects, each with the strings that a template of the dialect holds; the first dialect that fits is taken
+DIALECTS: tuple[tuple[type[Dialect], tuple[str, ...]], ...] = (
+    (XmlDialect, (FUNCTION, PARAMETER)),
+    (CalllessDialect, ()),
+)
+
+
+def dialect_of(template: str, find_marker: FindMarker) -> Dialect:
+    """Return the dialect of the chat template whose text is `template`.
+
+    The format is found in the template's text, because models of one family have different formats, and models of
+    different families have the same format.
+    """
+    kind = next(kind for kind, texts in DIALECTS if all(text in template for text in texts))
+    return kind(find_marker)

@@ -1,0 +1,42 @@
+"""An `XmlDialect` is the chat format of Nemotron 3 and Qwen3-Coder, whose answers write tool calls in XML."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from services.gateway.chat.conversation import PastCall
+from services.gateway.chat.dialects.dialect import Dialect
+from services.gateway.chat.dialects.xml_call_parser import CALL_END, CALL_START, FUNCTION, PARAMETER, XmlCallParser
+from services.gateway.chat.dialects.xml_call_rules import XmlCallRules
+from services.gateway.chat.tools import Tool, ToolUse
+from services.gateway.schema.counted_chars import CountedChars
+
+ARGUMENT_NAME = re.compile(r"[^<>\n]+")
+
+
+class XmlDialect(Dialect):
+    """An `XmlDialect` has one call in each section. The values of arguments are text without types or quotes.
+
+    The names of arguments cannot contain `<`, `>` or line ends, and string values cannot contain `</parameter>`.
+    """
+
+    title = "calls in XML, as Nemotron 3 and Qwen3-Coder write them"
+    call_marker_texts = (CALL_START, CALL_END)
+
+    def check_tool(self, tool: Tool, param: str) -> None:
+        for name in tool.arguments.properties:
+            if not ARGUMENT_NAME.fullmatch(name):
+                path = f"{param}.function.parameters"
+                allowed = "names without '<', '>' and line ends, and schemas"
+                raise ValueError(f"{path}.properties must hold {allowed}, not {name!r:.100}.")
+
+    def shows_call(self, prompt: str, call: PastCall, key: str, value: str) -> bool:
+        before, _, after = prompt.partition(f"{FUNCTION}{call.name}>")
+        return bool(before) and after.lstrip().startswith(f"{PARAMETER}{key}>") and value in after
+
+    def call_parser(self, tools: Mapping[str, Tool], index: int) -> XmlCallParser:
+        return XmlCallParser(tools, index)
+
+    def call_rules(self, tool_use: ToolUse, counted: CountedChars, is_relaxed: bool) -> XmlCallRules:
+        return XmlCallRules(tool_use, *self.call_markers, counted, is_relaxed)
