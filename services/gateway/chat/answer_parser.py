@@ -149,7 +149,7 @@ class AnswerParser:
             self._enter_content()
         else:
             self._before_call, self._at = self._at, _Section.CALL
-            self._calls = self._dialect.call_parser(self._tools, self.num_calls)
+            self._calls = self._dialect.call_parser(self._tools, self.num_calls, self._is_forced)
         return rest
 
     def _is_token(self, marker: Marker, num_before: int) -> bool:

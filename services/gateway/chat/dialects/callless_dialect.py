@@ -34,7 +34,7 @@ class CalllessDialect(Dialect):
     def shows_call(self, prompt: str, call: PastCall, key: str, value: str) -> bool:
         return call.name in prompt and key in prompt and value in prompt
 
-    def call_parser(self, tools: Mapping[str, Tool], index: int) -> CallParser:
+    def call_parser(self, tools: Mapping[str, Tool], index: int, is_forced: bool) -> CallParser:
         raise AssertionError("no call begins in a format without calls")
 
     def call_rules(self, tool_use: ToolUse, counted: CountedChars, is_relaxed: bool) -> CallRules:

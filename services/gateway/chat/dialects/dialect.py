@@ -82,8 +82,11 @@ class Dialect(ABC):
         """Return True if `prompt` holds `call` in this format; `value` is its only argument, with the name `key`."""
 
     @abstractmethod
-    def call_parser(self, tools: Mapping[str, Tool], index: int) -> CallParser:
-        """Return a parser for one section of calls of `tools`; `index` is the number of its first call."""
+    def call_parser(self, tools: Mapping[str, Tool], index: int, is_forced: bool) -> CallParser:
+        """Return a parser for one section of calls of `tools`.
+
+        `index` is the number of the first call, and `is_forced` is True if a grammar makes every call valid.
+        """
 
     @abstractmethod
     def call_rules(self, tool_use: ToolUse, counted: CountedChars, is_relaxed: bool) -> CallRules:

@@ -35,7 +35,7 @@ class XmlDialect(Dialect):
         before, _, after = prompt.partition(f"{FUNCTION}{call.name}>")
         return bool(before) and after.lstrip().startswith(f"{PARAMETER}{key}>") and value in after
 
-    def call_parser(self, tools: Mapping[str, Tool], index: int) -> XmlCallParser:
+    def call_parser(self, tools: Mapping[str, Tool], index: int, is_forced: bool) -> XmlCallParser:
         return XmlCallParser(tools, index)
 
     def call_rules(self, tool_use: ToolUse, counted: CountedChars, is_relaxed: bool) -> XmlCallRules:
