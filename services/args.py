@@ -349,7 +349,9 @@ class AppArgs(BaseModel):
 
     def notes(self, family: ModelFamily) -> list[str]:
         """Return sentences about the model that whoever starts it should know."""
-        notes = []
+        from services.gateway.chat.tokenizer import Tokenizer
+
+        notes = Tokenizer(self.model).template.notes
         if not family.expert_shapes:
             notes.append("The model has no routed experts, so it is served without expert shards.")
         defaults = self.sampling_defaults(family)

@@ -7,6 +7,7 @@ objects and not strings (there is no `from __future__ import annotations`).
 
 import asyncio
 import gc
+import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -43,6 +44,8 @@ from services.gateway.operator.degraded import degraded_report
 from services.gateway.operator.operations import ExpertTier, Operations
 from services.gateway.ports.health_api import HealthApi
 from services.gateway.rest import build_rest
+
+log = logging.getLogger(__name__)
 
 STATUS_TIMEOUT_S = 3.0  # seconds to wait for the first status of a backbone
 OTHERS_TIMEOUT_S = 0.5  # seconds to wait for the statuses of the other backbones, after the first status
@@ -139,6 +142,8 @@ class GatewayDeployment:
         self._backbone = BackbonePool(_ask_all(backbone), metrics.count_resumed)
         self._grammars = GrammarChecker(args.model)
         tokenizer = Tokenizer(args.model)
+        for note in tokenizer.template.notes:
+            log.info("%s", note)
         self._generation = Generation(
             self._backbone,
             tokenizer,

@@ -127,7 +127,9 @@ def test_what_is_worth_knowing_about_a_model_is_told_at_its_start(tmp_path: Path
 
     def notes(**args: Any) -> list[str]:
         made = AppArgs(model=str(path), **args)
-        return made.notes(made.check())
+        chat_format, *others = made.notes(made.check())
+        assert chat_format.startswith("Chat format: calls in XML")
+        return others
 
     assert notes() == ["Sampling defaults of generation_config.json: temperature 1, top_p 0.95."]
     assert notes(generation_config=False) == []

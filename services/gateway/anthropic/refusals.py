@@ -26,7 +26,7 @@ TYPES = {
     ApiRefusal.DEADLINE: ("timeout_error", 504),
 }
 PARAM_NAMES = {  # Anthropic's names of parameters that begin the sentences of errors
-    r"^tools\[(\d+)\]\.function\.name": r"tools[\1].name",
+    r"^tools\[(\d+)\]\.function\.(name|strict)": r"tools[\1].\2",
     r"^tools\[(\d+)\]\.function\.parameters": r"tools[\1].input_schema",
     "^stop": "stop_sequences",
     "^continue_final_message may not be true": "The last message may not be the assistant's",

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import grpc
@@ -58,16 +59,17 @@ class SurfaceResponse:
 
 
 @contextmanager
-def serving() -> Iterator[Surfaces]:
+def serving(model: Path = DEMO, max_len: int = MAX_LEN) -> Iterator[Surfaces]:
     """Run an engine with the demo model and a gateway, and yield the `Surfaces` of the gateway.
 
-    Engine and gateway run in a thread with its own event loop, and the gateway listens on real ports.
+    Engine and gateway run in a thread with its own event loop, and the gateway listens on real ports. `model` is a
+    directory with the demo model's weights, and `max_len` the context in tokens.
     """
-    family = load_family(DEMO)
-    memory = plan_memory(family.config.state_spec, torch.float32, 64 << 20, MAX_LEN, 8)
-    config = BackboneConfig(torch.float32, "cpu", MAX_LEN, max_batch_tokens=256, memory=memory, num_threads=1)
+    family = load_family(model)
+    memory = plan_memory(family.config.state_spec, torch.float32, 64 << 20, max_len, 8)
+    config = BackboneConfig(torch.float32, "cpu", max_len, max_batch_tokens=256, memory=memory, num_threads=1)
     backbone = Backbone(config, family, None, None)
-    with listening(backbone.engine, backbone) as (http, stub):
+    with listening(backbone.engine, backbone, model, max_len) as (http, stub):
         yield Surfaces(http, stub, backbone)
 
 
@@ -80,13 +82,15 @@ class Startable(Protocol):
 
 
 @contextmanager
-def listening(source: TokenSource, life: Startable) -> Iterator[tuple[httpx.Client, Any]]:
+def listening(
+    source: TokenSource, life: Startable, model: Path = DEMO, max_len: int = MAX_LEN
+) -> Iterator[tuple[httpx.Client, Any]]:
     """Run a gateway in front of `source`, and yield clients of the gateway's REST port and gRPC port.
 
     `life` is started before the gateway starts, and stopped after the gateway has stopped.
     """
-    card, tokenizer = ModelCard("demo", MAX_LEN, 1), Tokenizer(DEMO)
-    generation = Generation(source, tokenizer, card, GrammarCompiler(DEMO).check)
+    card, tokenizer = ModelCard("demo", max_len, 1), Tokenizer(model)
+    generation = Generation(source, tokenizer, card, GrammarCompiler(model).check)
 
     async def health() -> Health:
         return Health(is_ready=True)
