@@ -70,8 +70,14 @@ def _tool_use(call: ToolCallDelta) -> dict[str, Any]:
 
 
 def _input(arguments: str) -> Any:
-    """Return the arguments of a call as an object, which lacks incomplete arguments if the answer was cut off."""
-    return pydantic_core.from_json(arguments or "{}", allow_partial=True)
+    """Return the arguments of a call as an object, which lacks incomplete arguments if the answer was cut off.
+
+    Arguments that are nested more than 200 deep become an empty object, because the parser cannot read them.
+    """
+    try:
+        return pydantic_core.from_json(arguments or "{}", allow_partial=True)
+    except ValueError:
+        return {}
 
 
 class MessageEvents:
