@@ -115,7 +115,7 @@ class ChatTemplate:
         """Return the template's arguments, in which each switch of the template has the value of `enable_thinking`."""
         if "enable_thinking" not in kwargs:
             return dict(kwargs)
-        return dict.fromkeys(self.switches, kwargs["enable_thinking"]) | kwargs
+        return {**dict.fromkeys(self.switches, kwargs["enable_thinking"]), **kwargs}
 
     def _check_no_calls(self, chat: Conversation) -> None:
         for message in chat.messages:
@@ -140,16 +140,16 @@ class ChatTemplate:
         messages: Sequence[ChatMessage],
         form: PastCallForm = FORMS[0],
         tools: Sequence[Mapping[str, Any]] = (),
-        **arguments: Any,
+        arguments: Mapping[str, Any] | None = None,
     ) -> str:
         """Return the prompt that the template renders, or "" if the template refuses the messages."""
         try:
-            return self._apply(messages, form, tools, {"add_generation_prompt": True, **arguments})
+            return self._apply(messages, form, tools, {"add_generation_prompt": True, **(arguments or {})})
         except (*TEMPLATE_ERRORS, ValueError):
             return ""
 
     def _is_switch(self, name: str) -> bool:
-        prompts = [self._tried([QUESTION], **{name: value}) for value in (True, False)]
+        prompts = [self._tried([QUESTION], arguments={name: value}) for value in (True, False)]
         return prompts[0] != prompts[1]
 
     def _shows_calls(self, form: PastCallForm) -> bool:

@@ -42,8 +42,8 @@ class JsonCallParser(CallParser):
     """A `JsonCallParser` parses one section of calls, beginning with the text after its marker.
 
     The arguments are passed on as the model wrote them; see `JsonObjectText`. White space around all parts of a call
-    is ignored. A call whose arguments are no JSON object is broken. If a grammar enforces calls (`is_forced`), the JSON is
-    not checked again, because the check refuses objects that are nested too deep.
+    is ignored. A call whose arguments are no JSON object is broken. If a grammar enforces calls (`is_forced`), the JSON
+    is not checked again, because the check refuses objects that are nested too deep.
     """
 
     def __init__(self, is_fenced: bool, tools: Mapping[str, Tool], index: int, is_forced: bool) -> None:

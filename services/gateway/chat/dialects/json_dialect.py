@@ -31,7 +31,8 @@ class JsonDialect(Dialect):
 
     def __init__(self, find_marker: FindMarker) -> None:
         super().__init__(find_marker)
-        self._form = JsonCallForm(*self.call_markers, self.is_fenced)
+        calls_start, calls_end, call_start, separator, call_end = self.call_markers
+        self._form = JsonCallForm(calls_start, calls_end, call_start, separator, call_end, self.is_fenced)
 
     def shows_call(self, prompt: str, call: PastCall, key: str, value: str) -> bool:
         fence = r"\s*```json\s*" if self.is_fenced else ""

@@ -70,7 +70,7 @@ class XmlCallParser(CallParser):
     def _enter(self, part: str) -> None:
         self._part, self._matcher = part, StopMatcher(ENDS[part])
         self._text: list[str] = []
-        self._quotes = _JsonQuotes()
+        self._quotes: _JsonQuotes = _JsonQuotes()
         self._is_shown_at_once = False
 
     def _leave(self, stop: str) -> None:

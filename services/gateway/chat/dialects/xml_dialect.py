@@ -39,4 +39,5 @@ class XmlDialect(Dialect):
         return XmlCallParser(tools, index)
 
     def call_rules(self, tool_use: ToolUse, counted: CountedChars, is_relaxed: bool) -> XmlCallRules:
-        return XmlCallRules(tool_use, *self.call_markers, counted, is_relaxed)
+        call_start, call_end = self.call_markers
+        return XmlCallRules(tool_use, call_start, call_end, counted, is_relaxed)
