@@ -36,11 +36,12 @@ PLAIN = "bf16"
 BARS = {"decode × 1": 1.0, "decode × 8": 1 / 1.2, "decode × 16": 1 / 1.2}  # least tokens per second, against bf16
 
 
-def write_models(source: Path, out: Path) -> dict[str, Path]:
-    """Write the quantized copies of the model directory `source` into `out`, and return all directories by format."""
+def write_models(source: Path, names: list[str], out: Path) -> dict[str, Path]:
+    """Write the model directory `source` in the formats `names` into `out`, and return all directories by format."""
     modules = linear_modules(load_file(source / SINGLE))
     models = {PLAIN: source}
-    for name, format in FORMATS.items():
+    for name in names:
+        format = FORMATS[name]
         models[name] = out / format
         write_quantized(source, models[name], formats_of(format, modules))
     return models
@@ -65,6 +66,9 @@ def table(speeds: dict[str, list[Speeds]], sizes: dict[str, int]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare the speed of bf16, FP8 and NVFP4 weights through shards.")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="what bf16 is compared with"
+    )
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt when decoding is measured")
     parser.add_argument("--output", type=int, default=32, help="tokens of each answer when decoding is measured")
@@ -78,7 +82,7 @@ def main() -> None:
     speeds: dict[str, list[Speeds]] = {}
     console = Console(width=140)
     with tempfile.TemporaryDirectory() as out:
-        models = write_models(SHAPE, Path(out))
+        models = write_models(SHAPE, args.formats, Path(out))
         sizes = {name: (path / SINGLE).stat().st_size for name, path in models.items()}
         for round_, (name, path) in itertools.product(range(args.rounds), models.items()):
             with server("--model", str(path), "--dtype", "bfloat16", "--shards", "3") as running:
