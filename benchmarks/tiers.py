@@ -95,7 +95,7 @@ async def measure_parts(shape: ExpertShape, path: Path, dtype: torch.dtype) -> d
         assert copies[expert].checksum
 
     async def load(expert: int, gain: int | None = None) -> None:
-        bank.load(expert, weights[expert].tensors, gain)
+        bank.load(expert, weights[expert].matrices, gain)
 
     return {
         "checksum": await milliseconds(checksum, experts),
