@@ -52,18 +52,6 @@ def test_every_cut_and_every_single_step_give_the_same_bits(model_of: Callable[.
     assert torch.equal(split_logits(model, tokens, list(range(1, LENGTH))), whole)
 
 
-def test_packed_requests_of_many_lengths_equal_single_runs(model: BackboneModule) -> None:
-    prompts = {slot: random_tokens(length, seed=slot) for slot, length in ((4, 20), (1, 1), (5, 21), (0, 7), (2, 2))}
-    cuts, steps = {slot: len(tokens) // 2 + 1 for slot, tokens in prompts.items()}, Steps(model)
-    first = steps.logits(*((slot, tokens[: cuts[slot]], 0) for slot, tokens in prompts.items()))
-    found = dict(zip(prompts, first, strict=True))
-    longer = [slot for slot, tokens in prompts.items() if len(tokens) > cuts[slot]]
-    second = steps.logits(*((slot, prompts[slot][cuts[slot] :], cuts[slot]) for slot in longer))
-    found |= {slot: torch.cat([found[slot], logits]) for slot, logits in zip(longer, second, strict=True)}
-    for slot, logits in found.items():
-        assert relative_error(logits, full_logits(model, prompts[slot])) < 1e-5
-
-
 def test_bfloat16_is_near_fp32(tiny_of: Callable[[str], Tiny], model_of: Callable[..., BackboneModule]) -> None:
     family, tokens = load_family(tiny_of("qwen").path), random_tokens(21)
     model = family.load_backbone(family.load_local_experts(torch.bfloat16), torch.bfloat16)
