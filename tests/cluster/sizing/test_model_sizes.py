@@ -338,7 +338,11 @@ def test_a_mistake_in_a_config_is_one_sentence(changed: Config, sentence: str) -
         ),
         ("deepseek-v3", {"moe_layer_freq": 2}, "config.json has moe_layer_freq = 2; supported is 1"),
         ("deepseek-v3", {"kv_lora_rank": None}, "config.json lacks the key kv_lora_rank"),
-        ("qwen3-coder-next", {"layer_types": ["mamba"]}, "config.json must list 48 layer_types, each linear_attention"),
+        (
+            "qwen3-coder-next",
+            {"layer_types": ["mamba"]},
+            "config.json has layer_types = ['mamba']; allowed is a list",
+        ),
         ("qwen3-coder-next", {"linear_conv_kernel_dim": 0}, "config.json has linear_conv_kernel_dim = 0; allowed is a"),
     ],
 )

@@ -121,5 +121,7 @@ def test_what_is_said_of_templates_without_a_known_format(rendered: Callable[[st
     assert note.startswith(
         "Warning: the chat template has no format for tool calls that the gateway knows, so chats are an"
     )
-    save_tokenizer(tmp_path, None)
-    assert Tokenizer(tmp_path).template.notes == ["Warning: the model has no chat template, so chats are refused."]
+    save_tokenizer(tmp_path / "without", None)
+    assert Tokenizer(tmp_path / "without").template.notes == [
+        "Warning: the model has no chat template, so chats are refused."
+    ]
