@@ -63,10 +63,21 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
-def test_the_kernels_equal_plain_pytorch() -> None:
-    x = seeded(1)(sum(LENS), SHAPE.hidden_size)
-    plain = run(make_block(SHAPE), x, make_batch())
-    assert relative_error(run(packed(make_block(SHAPE)), x, make_batch()), plain) < 1e-5
+@pytest.mark.parametrize(
+    "shape",
+    [
+        SHAPE,
+        MLAShape(33, 1, None, 5, 1, 2, 1),
+        MLAShape(8, 2, 3, 32, 64, 2, 33),
+        MLAShape(64, 17, 16, 64, 32, 64, 32),
+        MLAShape(16, 3, None, 130, 16, 30, 65),
+    ],
+    ids=str,
+)
+def test_the_kernels_equal_plain_pytorch(shape: MLAShape) -> None:
+    x = seeded(1)(sum(LENS), shape.hidden_size)
+    plain = run(make_block(shape), x, make_batch())
+    assert relative_error(run(packed(make_block(shape)), x, make_batch()), plain) < 1e-5
 
 
 @pytest.mark.parametrize("num_heads", [1, 2, 5, 7])
