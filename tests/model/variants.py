@@ -1,8 +1,13 @@
-"""`VARIANTS` lists the tiny checkpoints of all families, and `write_variant` writes one of them."""
+"""`VARIANTS` lists the tiny checkpoints of all families, and `write_variant` writes one of them.
+
+The tests of the model run with every variant. The tests of the engine serve the variants in `SERVED`.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import torch
 
 from tests.model import checkpoints, deepseek_checkpoints, qwen_checkpoints
 from tests.model.checkpoints import Tiny
@@ -11,6 +16,12 @@ NEMOTRON, DEEPSEEK = tuple(checkpoints.VARIANTS), tuple(deepseek_checkpoints.VAR
 QWEN = tuple(qwen_checkpoints.VARIANTS)
 VARIANTS = (*NEMOTRON, *DEEPSEEK, *QWEN)
 QUANTIZED = (*checkpoints.QUANTIZED, *deepseek_checkpoints.QUANTIZED, *qwen_checkpoints.QUANTIZED)
+SERVED: tuple[tuple[str, torch.dtype], ...] = (  # with the dtype of the deployment
+    *checkpoints.SERVED,
+    ("deepseek", torch.bfloat16),
+    ("deepseek_odd", torch.float32),
+    ("deepseek_fp8", torch.float32),
+)
 
 
 def write_variant(path: Path, name: str) -> Tiny:

@@ -34,8 +34,9 @@ from services.expert.client import CallPolicy, RemoteExperts
 from services.expert.shard import ExpertShard
 from services.expert.weights.load_order import Key, Sources
 from services.expert.weights.weights import ExpertMetadata, Weights
-from tests.model.checkpoints import SERVED, Tiny
+from tests.model.checkpoints import Tiny
 from tests.model.steps import random_tokens
+from tests.model.variants import SERVED
 from tests.services.expert.serving import CONFIG, run, serving
 from tests.services.expert.shard_process import ShardProcess
 from tests.services.expert.test_client import prefer
@@ -79,9 +80,11 @@ class Served:
 
     @contextmanager
     def engine(self, model: LanguageModel | None = None, **limits: Any) -> Iterator[Engine]:
-        defaults = {"num_slots": 32, "num_checkpoint_slots": 32, "num_blocks": 256, "max_draft_tokens": 0}
-        settings: dict[str, Any] = defaults | {"has_prefix_cache": False} | limits
         spec = self.family.config.state_spec
+        num_saved = 32 if spec.recurrent else 0  # a model without recurrent state saves no states in slots
+        defaults = {"num_slots": 32, "num_checkpoint_slots": num_saved, "num_blocks": 256, "max_draft_tokens": 0}
+        sizes = {"bytes_per_slot": spec.bytes_per_slot(self.dtype), "bytes_per_block": spec.bytes_per_block(self.dtype)}
+        settings: dict[str, Any] = defaults | sizes | {"has_prefix_cache": False} | limits
         config = SchedulerConfig(block_size=spec.block_size, max_model_len=128, **settings)
         state = State(spec, config.num_slots + config.num_checkpoint_slots, config.num_blocks, self.dtype)
         made = Engine(Runner(model or self.model, state), Scheduler(config), self.family.config.vocab_size, [])
