@@ -21,6 +21,9 @@ SERVED: tuple[tuple[str, torch.dtype], ...] = (  # with the dtype of the deploym
     ("deepseek", torch.bfloat16),
     ("deepseek_odd", torch.float32),
     ("deepseek_fp8", torch.float32),
+    ("qwen", torch.bfloat16),
+    ("qwen_odd", torch.float32),
+    ("qwen_fp8", torch.float32),
 )
 
 
