@@ -305,7 +305,7 @@ class AppArgs(BaseModel):
         return {pool.name: pool.least_shards for pool in self.pools}
 
     def shard_memory(self, pool: PoolArgs, family: ModelFamily) -> int:
-        """Return how many bytes of expert weights a shard of `pool` may hold on its device.
+        """Return how many bytes of experts a shard of `pool` may hold on its device.
 
         By default, all homes still fit after the loss of one shard, even if every pool has only `min_shards` shards.
         """

@@ -26,7 +26,7 @@ class ExpertSlots:
             self._memory = torch.empty(num_slots * slot_bytes, dtype=torch.uint8, device=device)
         except RuntimeError as error:  # torch.OutOfMemoryError for CUDA, and RuntimeError for a CPU
             needed = f"{num_slots:,} experts of {slot_bytes:,} bytes"
-            why = str(error).splitlines()[0]
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
             raise RuntimeError(f"{device} has no memory for {needed}; lower memory_budget ({why})") from error
         self._free = deque(range(num_slots))
 

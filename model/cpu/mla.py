@@ -196,9 +196,8 @@ def _attend(
                 total[c] = total[c] * shrink_N[n] + part[c]
     for n in range(num_rows):
         out = out_NC[first_row + n]
-        share = (
-            np.float32(1.0) / total_N[n] if total_N[n] > 0 else np.float32(0.0)
-        )  # a total of 0 means that the query sees no key
+        # a total of 0 means that the query sees no key
+        share = np.float32(1.0) / total_N[n] if total_N[n] > 0 else np.float32(0.0)
         for c in range(width):
             out[c] *= share
 

@@ -145,6 +145,9 @@ class Promoter:
         if (num_bytes := host.standby_bytes(key)) > host.standbys.host_budget:
             return None
         await self.worker.run(lambda: host.standbys.make_room(num_bytes))  # the copy may need the memory of others
+        if (copy := await run_in_thread(host.standbys.copy, weights)) is not None:
+            return copy
+        await self.worker.run(lambda: host.standbys.drop_coldest(num_bytes))
         return await run_in_thread(host.standbys.copy, weights)
 
 

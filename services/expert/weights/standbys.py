@@ -173,10 +173,27 @@ class StandbyStore:
         """
         if num_bytes > self.host_budget:
             return
-        for other in sorted((one for one in self._by_key.values() if one.weights), key=lambda one: one.last_promotion):
+        for other in self._coldest_first():
             if self.has_room(num_bytes):
                 break
             self._drop(other)
+
+    def drop_coldest(self, num_bytes: int) -> bool:
+        """Drop the standby of `num_bytes` bytes that was promoted least recently from host memory.
+
+        Returns False if host memory holds no standby of this size. Page-locked memory may need this call although
+        `has_room` is true, because the smaller slabs at the end of the budget hold fewer slots than their bytes.
+        """
+        same_size = (one for one in self._coldest_first() if one.weights and self.nbytes(one.weights) == num_bytes)
+        if (coldest := next(same_size, None)) is None:
+            return False
+        self._drop(coldest)
+        return True
+
+    def _coldest_first(self) -> list[Standby]:
+        """Return the standbys in host memory, the one that was promoted least recently first."""
+        held = (one for one in self._by_key.values() if one.weights)
+        return sorted(held, key=lambda one: one.last_promotion)
 
     def add(self, key: Key, weights: Weights | None, peer: str = "") -> None:
         """Add a standby; if `weights` are given and fit, keep them in host memory, else read them from disk later."""

@@ -32,6 +32,7 @@ from services.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from services.expert import control_client
 from services.expert.client import CallPolicy, RemoteExperts
 from services.expert.shard import ExpertShard
+from services.expert.weights import transfer
 from services.expert.weights.load_order import Key, Sources
 from services.expert.weights.weights import ExpertMetadata, Weights
 from tests.model.checkpoints import Tiny
@@ -222,6 +223,7 @@ def test_a_live_move_from_shard_to_shard_changes_nothing(served: Served, monkeyp
                 sent.append(key)
                 return await current(key)
 
+            monkeypatch.setattr(transfer, "FETCH_STALL_S", 30.0)  # a machine that stalls makes no fetch fail
             monkeypatch.setattr(old.service.source, "current", note)
             monkeypatch.setattr(new.service.source, "read", lambda *key: pytest.fail("the checkpoint was read"))
             records = [shard.record for shard in (old, other, new)]

@@ -178,9 +178,8 @@ def test_where_all_stop_at_once_nobody_waits(family: ModelFamily) -> None:
         await registry.acquire_lease("controller")
         async with fleet(family, registry, 20.0):
             started = time.monotonic()
-        assert (
-            time.monotonic() - started < 15
-        )  # usually 0.5 s; a shard that waits needs `move_timeout_s`, which is 20 s
+        # usually 0.5 s; a shard that waits needs `move_timeout_s`, which is 20 s
+        assert time.monotonic() - started < 15
         assert await registry.shards() == []
 
     run(test)

@@ -14,6 +14,7 @@ from cluster.topology import Homes, Placement
 from services.expert import control_client
 from services.expert.client import CallPolicy, RemoteExperts
 from services.expert.shard import ExpertShard
+from services.expert.weights import transfer
 from services.expert.weights.load_order import Sources
 from services.expert.weights.transfer import PeerChannels, PeerError, fetch
 from services.expert.weights.weights import CHUNK_BYTES, Weights
@@ -32,6 +33,12 @@ from tests.services.expert.swiglu import (
 
 ALL = list(range(NUM_EXPERTS))
 Stored = tuple[SwigluFamily, torch.dtype]  # a family and the dtype in which its experts compute
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no fetch fail because a busy machine stalls for seconds."""
+    monkeypatch.setattr(transfer, "FETCH_STALL_S", 30.0)
 
 
 @pytest.fixture(scope="module")

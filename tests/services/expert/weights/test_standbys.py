@@ -145,3 +145,19 @@ def test_a_standby_of_page_locked_memory_replaces_another() -> None:
     standbys.make_room(standbys.nbytes(one))
     standbys.note_promotion((1, 2), standbys.copy(one))
     assert in_memory(standbys) == [1, 2]
+
+
+def test_a_standby_is_replaced_although_the_smallest_slabs_hold_no_slot() -> None:
+    """Check a budget whose bytes would hold four standbys, while its slabs hold three slots."""
+    budget, one = 8192 + 4096 + 2048 + 1024, Weights({"up": StoredMatrix.plain(torch.ones(3, 256))})  # 3 KiB
+    standbys = StandbyStore(budget, is_pinned=True)
+    standbys.pinned = PinnedMemory(budget, Slabs())
+    for expert in range(4):
+        standbys.add((1, expert), standbys.copy(one))
+    num_bytes = standbys.nbytes(one)
+    standbys.make_room(num_bytes)
+    assert (in_memory(standbys), standbys.copy(one)) == ([0, 1, 2], None)
+    assert standbys.drop_coldest(num_bytes)
+    standbys.note_promotion((1, 3), standbys.copy(one))
+    assert in_memory(standbys) == [1, 2, 3]
+    assert not standbys.drop_coldest(num_bytes + 1)
