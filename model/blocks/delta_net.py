@@ -132,23 +132,8 @@ class GatedDeltaNet(RecurrentMixer):
 
     def mix_packed(self, inputs: Inputs, batch: Batch, state: State, has_output: bool = True) -> Floats:
         """Compute the core, as `RecurrentMixer.mix_packed` says; the gates may be missing if `has_output` is False."""
-        arrays, (windows, states) = batch.arrays, state.slots[self.layer]
-        is_bf16 = windows.dtype == torch.bfloat16
         out_TI = np.empty((len(inputs[0]) if has_output else 0, self.shape.values_dim), np.float32)
-        cpu.mix(
-            *inputs,
-            arrays.starts_R,
-            arrays.lens_R,
-            arrays.slots_R,
-            arrays.is_new_R,
-            arrays.keeps_R,
-            (windows.view(torch.int16) if is_bf16 else windows).numpy(),
-            is_bf16,
-            states.numpy(),
-            *self.core_params,
-            has_output,
-            out_TI,
-        )
+        cpu.mix(*inputs, *self.kernel_state(batch, state), *self.core_params, has_output, out_TI)
         return out_TI
 
     def mix_from(

@@ -80,9 +80,17 @@ class RecurrentMixer(Mixer):
         The state is the convolution's last K-1 inputs, `window_RKC`, and the state of the recurrence.
         """
 
+    def kernel_state(self, batch: Batch, state: State) -> tuple[Any, ...]:
+        """Return the arguments of a core's CPU kernel from `starts_R` to the recurrence's state, in their order."""
+        arrays, (windows, states) = batch.arrays, state.slots[self.layer]
+        is_bf16 = windows.dtype == torch.bfloat16
+        window = (windows.view(torch.int16) if is_bf16 else windows).numpy()
+        requests = (arrays.starts_R, arrays.lens_R, arrays.slots_R, arrays.is_new_R, arrays.keeps_R)
+        return *requests, window, is_bf16, states.numpy()
+
     @abstractmethod
     def round_inputs(self, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Return the core's inputs, of which those of the convolution are rounded to `dtype`, the window's dtype."""
+        """Return the core's inputs; the inputs of the convolution are rounded to `dtype`, the window's dtype."""
 
     def replay_inputs(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the part of the core's inputs on which the new state depends; the other inputs are not kept."""

@@ -50,7 +50,7 @@ def make_layer(config: Qwen3NextConfig, layer: int, rope: Rope, experts: Experts
 
 
 def make_mixer(config: Qwen3NextConfig, layer: int, rope: Rope) -> Mixer:
-    """Return the mixer of a layer; those of the MTP module, which follow the other layers, have full attention."""
+    """Return the mixer of a layer. The layers of the MTP module follow the other layers and have full attention."""
     if layer >= config.num_layers or config.layer_types[layer] == FULL:
         return GatedAttention(config.attention, layer, rope, config.rms_norm_eps)
     return GatedDeltaNet(config.delta_net, layer, config.rms_norm_eps)
