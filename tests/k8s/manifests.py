@@ -18,7 +18,7 @@ Plant = Callable[[Manifests], object]  # a function that puts a fault into manif
 
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
-OVERLAYS = ("cpu-demo", "gpu", "gpu-ha", "gpu-fp8", "gpu-nvfp4", "gpu-deepseek")
+OVERLAYS = ("cpu-demo", "gpu", "gpu-ha", "gpu-fp8", "gpu-nvfp4", "gpu-deepseek", "gpu-qwen")
 SECRET_VALUE = "a-value-of-these-tests"
 
 

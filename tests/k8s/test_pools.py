@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.k8s.manifests import Manifest, Manifests, Plant, container, named, rewrite_serve, worker_group
+from tests.k8s.manifests import OVERLAYS, Manifest, Manifests, Plant, container, named, rewrite_serve, worker_group
 from tests.k8s.pools import apart_faults, pool_faults
 
 
@@ -12,7 +12,7 @@ def test_the_pods_are_what_the_application_asks_for(manifests: Manifests) -> Non
     assert pool_faults(manifests) == []
 
 
-@pytest.mark.parametrize("overlay", ["gpu", "gpu-ha", "gpu-fp8", "gpu-nvfp4", "gpu-deepseek"])
+@pytest.mark.parametrize("overlay", [overlay for overlay in OVERLAYS if overlay != "cpu-demo"])
 def test_what_is_there_twice_is_on_nodes_apart(overlay: str, rendered: Callable[[str], Manifests]) -> None:
     assert apart_faults(rendered(overlay)) == []
 

@@ -18,13 +18,14 @@ from services.args import NUM_HOMES, AppArgs
 from tests.k8s.manifests import Manifest, Manifests, Plant, app_args, container, quantity, rewrite_serve
 
 SUPER = "NVIDIA-Nemotron-3-Super-120B-A12B"
-DEEPSEEK = "DeepSeek-V3"
+DEEPSEEK, QWEN = "DeepSeek-V3", "Qwen3-Coder-Next"
 WANTED: dict[str, tuple[str, Dtype, Slo]] = {
     "gpu": (SUPER, "bf16", Slo()),
     "gpu-ha": (SUPER, "bf16", Slo(num_requests=128, min_backbones=2)),
     "gpu-fp8": (SUPER, "fp8", Slo()),
     "gpu-nvfp4": (SUPER, "nvfp4", Slo()),
     "gpu-deepseek": (DEEPSEEK, "fp8", Slo(min_backbones=2)),
+    "gpu-qwen": (QWEN, "fp8", Slo()),
 }
 
 
