@@ -1,4 +1,4 @@
-"""A `CallParser` parses the tool calls of an answer."""
+"""A `CallParser` parses one section of tool calls in an answer."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ from services.gateway.chat.tool_call_delta import ToolCallDelta
 
 
 class CallParser(ABC):
-    """A `CallParser` parses one section of tool calls, beginning with the text after the marker of the section.
+    """A `CallParser` parses one section of tool calls. The marker that begins the section is not pushed.
 
-    `is_broken` becomes True as soon as the text cannot become a valid call, and `is_whole` at the end of the section.
-    `num_calls` counts the whole calls up to now.
+    - `start`: the text of this marker, with which the section's raw text begins.
+    - `index`: the number of calls in the answer before the section.
+
+    | attribute   | meaning                                                                  |
+    |-------------|--------------------------------------------------------------------------|
+    | `is_whole`  | True: the section has ended.                                             |
+    | `is_broken` | True: the text after the last complete call cannot become another call.  |
+    | `num_calls` | number of complete calls in the section up to now                        |
     """
 
     def __init__(self, start: str, index: int) -> None:
@@ -23,13 +29,13 @@ class CallParser(ABC):
 
     @property
     def raw(self) -> str:
-        """Return the text since the end of the last whole call; before the first, with the marker of the section."""
+        """Return the text after the last complete call; without a complete call, return the whole section up to now."""
         return "".join(self._raw)
 
     def push(self, text: str) -> str:
-        """Add `text`, up to the end of a call, and return the rest of `text`.
+        """Add `text` up to the end of the next call or of the section, and return the rest of `text`.
 
-        Without such an end in `text`, the rest is empty.
+        If neither a call nor the section ends in `text`, the rest is "".
         """
         before = self.num_calls
         rest = self._parse(text)
@@ -46,7 +52,7 @@ class CallParser(ABC):
         """
 
     def take(self) -> list[ToolCallDelta]:
-        """Return a list with the piece of the call that is new since the last `take`; the list may be empty."""
+        """Return the piece of the current call that was parsed since the last `take`, as a list of one or no delta."""
         deltas, self._deltas = self._deltas, []
         arguments = "".join(delta.arguments for delta in deltas)
         if not deltas or not (deltas[0].id or arguments):

@@ -1,4 +1,4 @@
-"""A `CalllessDialect` stands for chat formats without tool calls, and for those whose calls the gateway cannot read."""
+"""A `CalllessDialect` stands for chat formats without tool calls, and for chat formats with unknown tool calls."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from services.gateway.schema.json_text import mend_escapes, nearest_float
 
 STRING_RUN = re.compile(r'[^"\\]+')  # text inside a string, up to its end or an escape
 RUN = re.compile(r'[^"{}\[\]\-0-9]+')  # text outside of strings and numbers that changes no nesting
-NUMBER = re.compile(r"-?[0-9.eE+-]*")
+NUMBER_STARTS, NUMBER_RUN = "-0123456789", re.compile(r"[0-9.eE+-]*")
 ESCAPE_LEN, UNICODE_LEN, PAIR_LEN = 2, 6, 12  # characters of \n, of \u0041, and of a surrogate pair
 HIGH_SURROGATE = re.compile(r"\\u[dD][89abAB]")
 
@@ -25,7 +25,9 @@ class JsonObjectText:
 
     def __init__(self) -> None:
         self.is_whole = False
-        self._depth, self._is_in_string, self._held = 0, False, ""
+        self._depth, self._is_in_string = 0, False
+        self._held = ""  # the beginning of an escape
+        self._number: list[str] = []  # the pieces of a number that may go on; empty outside of numbers
 
     def push(self, text: str) -> tuple[str, str]:
         """Add `text`, and return the pair (text that may now be shown, text after the end of the object)."""
@@ -33,42 +35,54 @@ class JsonObjectText:
         shown: list[str] = []
         position = 0
         while position < len(text) and not self.is_whole:
-            piece, length = self._in_string(text, position) if self._is_in_string else self._outside(text, position)
-            if not length:
+            if (found := self._next(text, position)) is None:
                 self._held = text[position:]
                 break
+            piece, position = found
             shown.append(piece)
-            position += length
         return "".join(shown), text[position:] if self.is_whole else ""
 
-    def _in_string(self, text: str, position: int) -> tuple[str, int]:
-        """Return the next piece of a string, and its length in `text`, which is 0 if the piece is not complete."""
+    def _next(self, text: str, position: int) -> tuple[str, int] | None:
+        """Return the next piece to show and the position after the piece, or None if an escape is not complete."""
+        if self._is_in_string:
+            return self._in_string(text, position)
+        if self._number or text[position] in NUMBER_STARTS:
+            return self._in_number(text, position)
+        return self._outside(text, position)
+
+    def _in_string(self, text: str, position: int) -> tuple[str, int] | None:
         if run := STRING_RUN.match(text, position):
-            return run[0], len(run[0])
+            return run[0], run.end()
         if text[position] == '"':
             self._is_in_string = False
-            return '"', 1
+            return '"', position + 1
         length = UNICODE_LEN if text.startswith("\\u", position) else ESCAPE_LEN
         following = text[position + UNICODE_LEN : position + UNICODE_LEN + 2]
         if HIGH_SURROGATE.match(text, position) and "\\u".startswith(following):
             length = PAIR_LEN
         escape = text[position : position + length]
-        return (mend_escapes(escape), length) if len(escape) == length else ("", 0)
+        return (mend_escapes(escape), position + length) if len(escape) == length else None
+
+    def _in_number(self, text: str, position: int) -> tuple[str, int]:
+        """Add a piece to the number, which is shown only when it has ended."""
+        run = NUMBER_RUN.match(text, position)
+        assert run is not None
+        self._number.append(run[0])
+        if run.end() == len(text):
+            return "", run.end()
+        number, self._number = "".join(self._number), []
+        return _finite(number), run.end()
 
     def _outside(self, text: str, position: int) -> tuple[str, int]:
-        """Return the next piece outside of strings, and its length in `text`, which is 0 if it is not complete."""
         char = text[position]
         if char in '"{}[]':
             self._is_in_string = char == '"'
             self._depth += (char in "{[") - (char in "}]")
             self.is_whole = not self._depth
-            return char, 1
-        if run := RUN.match(text, position):
-            return run[0], len(run[0])
-        number = NUMBER.match(text, position)
-        assert number is not None
-        is_complete = number.end() < len(text)
-        return (_finite(number[0]), len(number[0])) if is_complete else ("", 0)
+            return char, position + 1
+        run = RUN.match(text, position)
+        assert run is not None
+        return run[0], run.end()
 
 
 def _finite(number: str) -> str:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.gateway.chat.dialects.json_object_text import JsonObjectText
+from services.gateway.chat.dialects.json_object_text import PAIR_LEN, JsonObjectText
 
 LARGEST = "1.7976931348623157e+308"
 
@@ -47,3 +47,14 @@ def test_an_object_ends_with_its_last_bracket(text: str, shown: str) -> None:
 )
 def test_an_object_that_is_cut_off(text: str, shown: str | None) -> None:
     assert read([text]) == read(list(text)) == (shown or text, "", False)
+
+
+@pytest.mark.parametrize("value", ["1" * 3000, "-0." + "7" * 3000, "1e" + "9" * 3000, '"' + "\\n" * 1500, "[" * 3000])
+def test_no_text_is_read_again_but_the_beginning_of_an_escape(value: str) -> None:
+    """Check that the time is linear: text that is held back is read again with every piece."""
+    reader, shown = JsonObjectText(), ""
+    for char in f'{{"a": {value}':
+        shown += reader.push(char)[0]
+        assert len(reader._held) < PAIR_LEN
+    shown += reader.push(",")[0]
+    assert shown.startswith(('{"a": 1.797', f'{{"a": {value},'))
