@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from cluster.sizing.fit import GIB, Slo
+from cluster.sizing.gpus import GB, MB, gpu_of
+from cluster.sizing.known_models import known_config
+from cluster.sizing.sizing import size
 from services.gateway.limits import GatewayLimits
 
 ROOT = Path(__file__).parent.parent
@@ -56,3 +60,24 @@ def test_the_api_reference_lists_every_limit_with_its_default() -> None:
     for name, field in GatewayLimits.model_fields.items():
         if field.default is not None:
             assert listed[name] == f"{field.default:,}", name
+
+
+@pytest.mark.parametrize(("column", "model", "num_backbones"), [(2, "deepseek-v3", 2), (3, "qwen3-coder-next", 1)])
+def test_the_table_of_network_and_volume_has_the_numbers_of_size(column: int, model: str, num_backbones: int) -> None:
+    text = (ROOT / "docs" / "operations.md").read_text()
+    section = text.partition("\n## Network and volume")[2].partition("\n## ")[0]
+    found = [line.split("|")[column].strip() for line in section.splitlines() if line.startswith("|")][2:]
+    made = size(known_config(model), gpu_of("h200"), "fp8", Slo(min_backbones=num_backbones))
+    out, back = made.out_bytes_per_token / MB, made.back_bytes_per_token / MB
+    assert found == [
+        f"{made.backbone_gpus} + {made.expert_gpus}",
+        f"{made.unique_shards:.2f}",
+        f"{out:.2f} / {back:.2f} MB",
+        f"{out / made.expert_gpus:.2f} / {back / made.expert_gpus:.2f} MB",
+        f"{made.requests_per_backbone * 10}",
+        f"{made.backbone_link_bits_per_s / GB:.0f} / {made.shard_link_bits_per_s / GB:.0f} Gbit/s",
+        f"{made.checkpoint_bytes / GB:.1f} GB / {made.volume_bytes // GIB} GiB",
+        f"{made.shard_read_bytes / GB:.1f} / {made.backbone_read_bytes / GB:.1f} GB",
+        f"{made.start_bytes_per_s / GB:.2f} GB/s",
+        f"{made.shard_read_bytes / (2 * GB):.0f} s",
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-GB = 10**9
+GB, MB = 10**9, 10**6
 
 
 @dataclass(frozen=True)

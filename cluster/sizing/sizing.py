@@ -12,14 +12,18 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
 
-from cluster.sizing.fit import GIB, MARGIN, SAVED_SHARE, TRANSFER_SHARE, Fit, Slo, whole_gib
-from cluster.sizing.gpus import GB, GPUS, Gpu
+from cluster.sizing.fit import GIB, MARGIN, NUM_HOMES, SAVED_SHARE, TRANSFER_SHARE, Fit, Slo, whole_gib
+from cluster.sizing.gpus import GB, GPUS, MB, Gpu
 from cluster.sizing.model_sizes import ModelSizes, model_sizes
 from cluster.sizing.step_time import BALANCE, shards_of_token, wire_of
 from cluster.sizing.weight_formats import Dtype, dtype_of
 
 # Host memory of a pod in GiB for processes, Ray and the disk cache of the checkpoint. The two numbers are assumptions.
 BACKBONE_POD_GIB, SHARD_POD_GIB = 32, 16
+# Bytes of a volume divided by the bytes of its checkpoint. The rest is for small files and for the file system.
+VOLUME_MARGIN = 1.2
+START_S = 600  # Seconds in which all shards must have read their experts: how long a backbone waits for them.
+SHARD_GB_PER_S = 2  # GB/s at which one shard reads in the example that the reasons give.
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,16 @@ class Sizing:
     - `kv_bytes_per_request` is the KV of `context_len` tokens in whole pages.
     - `unique_shards` is the expected number of shards that a token goes to in one layer. Only this number has decimals.
     - `wire_bytes_per_token` counts the rows and sums of all layers of experts except the layers of the MTP module.
+    - `out_bytes_per_token` and `back_bytes_per_token` are the two parts of `wire_bytes_per_token`: the bytes from the
+      backbone to all shards, and from all shards to the backbone.
     - `backbone_bits_per_s` and `shard_bits_per_s` are means of both directions together, while all requests decode.
     - `backbone_link_bits_per_s` and `shard_link_bits_per_s` are the speeds that a network card needs so that transfers
       take no more than their share of the time between tokens.
+    - `volume_bytes` is the size of a volume for the checkpoint: VOLUME_MARGIN times its bytes, in whole 10 GiB.
+    - `backbone_read_bytes` and `shard_read_bytes` are the stored bytes that a backbone and a shard read from the volume
+      at the start. A shard reads its homes and its standbys, and an expert has two of them in all.
+    - `start_bytes_per_s` is the speed of the volume at which all backbones and shards together have read their bytes
+      within START_S.
     - `step_us` is the estimated time of each part of a step.
     """
 
@@ -64,10 +75,16 @@ class Sizing:
     draft_bytes_per_request: int
     unique_shards: float
     wire_bytes_per_token: int
+    out_bytes_per_token: int
+    back_bytes_per_token: int
     backbone_bits_per_s: int
     backbone_link_bits_per_s: int
     shard_bits_per_s: int
     shard_link_bits_per_s: int
+    volume_bytes: int
+    backbone_read_bytes: int
+    shard_read_bytes: int
+    start_bytes_per_s: int
     step_us: Mapping[str, int]
     reasons: tuple[str, ...] = ()
 
@@ -109,6 +126,9 @@ def _sizing(fit: Fit) -> Sizing:
     wire = wire_of(model, num_shards)
     bits = 8e3 * wire.total / slo.itl_ms  # Bits per second of one request.
     of_backbone, of_shard = bits * batch, bits * slo.num_requests / (BALANCE * num_shards)
+    stored = model.stored(fit.dtype)
+    experts_read = NUM_HOMES * (stored["routed"] + stored.get("mtp routed", 0))
+    backbone_read = sum(num for part, num in stored.items() if part not in ("routed", "mtp routed", "mtp copies"))
     return Sizing(
         model_type=model.model_type,
         gpu=fit.gpu.name,
@@ -118,7 +138,7 @@ def _sizing(fit: Fit) -> Sizing:
         expert_gpus=num_shards,
         requests_per_backbone=batch,
         device_homes=1 if host else 2,
-        checkpoint_bytes=sum(model.stored(fit.dtype).values()),
+        checkpoint_bytes=sum(stored.values()),
         backbone_weight_bytes=fit.weight_bytes,
         experts_bytes=fit.experts_bytes,
         state_memory_bytes=whole_gib(ceil(batch * fit.request_bytes / (1 - SAVED_SHARE))),
@@ -133,10 +153,16 @@ def _sizing(fit: Fit) -> Sizing:
         draft_bytes_per_request=fit.draft_bytes,
         unique_shards=round(shards_of_token(model, num_shards), 2),
         wire_bytes_per_token=wire.total,
+        out_bytes_per_token=wire.out,
+        back_bytes_per_token=wire.back,
         backbone_bits_per_s=round(of_backbone),
         backbone_link_bits_per_s=round(of_backbone / TRANSFER_SHARE),
         shard_bits_per_s=round(of_shard),
         shard_link_bits_per_s=round(of_shard / TRANSFER_SHARE),
+        volume_bytes=ceil(VOLUME_MARGIN * sum(stored.values()) / (10 * GIB)) * 10 * GIB,
+        backbone_read_bytes=backbone_read,
+        shard_read_bytes=ceil(experts_read / num_shards),
+        start_bytes_per_s=ceil((num_backbones * backbone_read + experts_read) / START_S),
         step_us={part: round(1e3 * ms) for part, ms in fit.step_parts_ms(num_backbones, num_shards).items()},
     )
 
@@ -168,10 +194,21 @@ def _reasons(fit: Fit, sizing: Sizing) -> Iterator[str]:
         f"{fit.slo.call_ms:g} ms without the shards' computation."
     )
     links = [f"{bits / 1e9:.1f} Gbit/s" for bits in (sizing.backbone_link_bits_per_s, sizing.shard_link_bits_per_s)]
+    out, back = sizing.out_bytes_per_token / MB, sizing.back_bytes_per_token / MB
     yield (
-        f"Network: in a layer a token goes to {sizing.unique_shards:.2f} of {sizing.expert_gpus} shards. With "
-        f"{links[0]} at a backbone and {links[1]} at a shard, transfers take {TRANSFER_SHARE:.0%} of the time between "
-        f"tokens."
+        f"Network: in a layer a token goes to {sizing.unique_shards:.2f} of {sizing.expert_gpus} shards. In all "
+        f"layers, a backbone sends {out:.2f} MB for a token and receives {back:.2f} MB; a shard receives "
+        f"{out / sizing.expert_gpus:.2f} MB and sends {back / sizing.expert_gpus:.2f} MB on average. A backbone "
+        f"decodes {1e3 * sizing.requests_per_backbone / fit.slo.itl_ms:,.0f} tokens/s. With {links[0]} at a backbone "
+        f"and {links[1]} at a shard, transfers take {TRANSFER_SHARE:.0%} of the time between tokens."
+    )
+    yield (
+        f"Volume: the checkpoint has {sizing.checkpoint_bytes / GB:.1f} GB, so its volume needs "
+        f"{sizing.volume_bytes // GIB} GiB. At the start a shard reads {sizing.shard_read_bytes / GB:.1f} GB, for its "
+        f"homes and standbys, and a backbone reads {sizing.backbone_read_bytes / GB:.1f} GB. If the volume delivers "
+        f"{sizing.start_bytes_per_s / GB:.2f} GB/s, all of them have read their bytes after {START_S // 60} minutes, "
+        f"the longest time that a backbone waits. A shard that reads {SHARD_GB_PER_S} GB/s needs "
+        f"{sizing.shard_read_bytes / (SHARD_GB_PER_S * GB):.0f} s."
     )
     if fit.dtype != "bf16":
         yield (

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator
 from rich.table import Table
 
 from cluster.sizing.fit import GIB, Slo
-from cluster.sizing.gpus import GB
+from cluster.sizing.gpus import GB, MB
 from cluster.sizing.model_sizes import ModelSizes
 from cluster.sizing.sizing import Sizing
 from cluster.sizing.weight_formats import Dtype
 
-MIB, MB = 2**20, 10**6
+MIB = 2**20
 LEGEND = (
     "GB: size of the checkpoint. GPUs: backbones + expert shards. homes: homes of an expert on GPUs + standbys in host "
     "memory. host: GiB of each shard's host memory for standbys. KV, state: MiB of one request. wire: MB of one "
@@ -73,9 +73,13 @@ def _fleet(made: Sizing) -> Iterator[tuple[str, str, str]]:
     yield "memory_budget", "", _gib(made.shard_memory_bytes)
     yield "host_budget (second homes)", "", _gib(made.shard_host_bytes)
     yield "memory of a pod", _gib(made.backbone_pod_memory_bytes), _gib(made.shard_pod_memory_bytes)
+    num_shards, out, back = made.expert_gpus, made.out_bytes_per_token, made.back_bytes_per_token
+    yield "sends for a token, bytes", f"{out:,}", f"{back / num_shards:,.0f}"
+    yield "receives for a token, bytes", f"{back:,}", f"{out / num_shards:,.0f}"
     yield "network on average, Gbit/s", f"{made.backbone_bits_per_s / GB:.2f}", f"{made.shard_bits_per_s / GB:.2f}"
     links = made.backbone_link_bits_per_s, made.shard_link_bits_per_s
     yield "network card, Gbit/s", f"{links[0] / GB:.2f}", f"{links[1] / GB:.2f}"
+    yield "reads at the start, GB", f"{made.backbone_read_bytes / GB:.1f}", f"{made.shard_read_bytes / GB:.1f}"
 
 
 def _gib(num_bytes: int) -> str:

@@ -15,7 +15,7 @@ from cluster.sizing.sizing import size
 from cluster.sizing.weight_formats import Dtype
 from cluster.topology import Shard
 from services.args import NUM_HOMES, AppArgs
-from tests.k8s.manifests import Manifest, Manifests, Plant, app_args, container, quantity, rewrite_serve
+from tests.k8s.manifests import Manifest, Manifests, Plant, app_args, container, named, quantity, rewrite_serve
 
 SUPER = "NVIDIA-Nemotron-3-Super-120B-A12B"
 DEEPSEEK, QWEN = "DeepSeek-V3", "Qwen3-Coder-Next"
@@ -44,12 +44,20 @@ def size_faults(manifests: Manifests, model: str, dtype: Dtype, slo: Slo) -> lis
         "memory of the backbone's pod": (_memory(manifests, "backbone"), sized.backbone_pod_memory_bytes),
         "memory of a shard's pod": (_memory(manifests, "experts-gpu"), sized.shard_pod_memory_bytes),
     }
+    claim = int(quantity(claim_requests(manifests)["storage"]))
+    if claim < sized.volume_bytes:
+        pairs["storage of the claim"] = (claim, sized.volume_bytes)
     return [f"{what} is {has}, and should be {should}" for what, (has, should) in pairs.items() if has != should]
 
 
 def limits_of(manifests: Manifests, group: str) -> Manifest:
     limits: Manifest = container(manifests, group)["resources"]["limits"]
     return limits
+
+
+def claim_requests(manifests: Manifests) -> Manifest:
+    requests: Manifest = named(manifests, "PersistentVolumeClaim", "expertmesh-models")["spec"]["resources"]["requests"]
+    return requests
 
 
 def _memory(manifests: Manifests, group: str) -> int:
@@ -92,6 +100,7 @@ def test_the_planner_finds_room_for_two_homes(overlay: str, rendered: Callable[[
             lambda m: container(m, "experts-gpu")["resources"]["limits"].update(memory="8Gi"),
             "memory of a shard's pod is",
         ),
+        (lambda m: claim_requests(m).update(storage="200Gi"), "storage of the claim is"),
     ],
 )
 def test_a_planted_fault_is_found(plant: Plant, words: str, everything: Manifests) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from math import comb
+from math import ceil, comb
 from typing import Any
 
 import numpy as np
@@ -212,7 +212,8 @@ def test_on_gpus_quantized_weights_take_the_memory_and_the_time_of_bf16(name: st
         assert quantized.checkpoint_bytes < plain.checkpoint_bytes
         assert quantized.shard_host_bytes <= plain.shard_host_bytes
         smaller = ("dtype", "checkpoint_bytes", "shard_host_bytes", "host_homes_bytes", "shard_pod_memory_bytes")
-        same = {field: getattr(plain, field) for field in (*smaller, "reasons")}
+        read = ("volume_bytes", "backbone_read_bytes", "shard_read_bytes", "start_bytes_per_s")
+        same = {field: getattr(plain, field) for field in (*smaller, *read, "reasons")}
         assert replace(quantized, **same) == plain
     assert not nvfp4.shard_host_bytes or nvfp4.shard_host_bytes < plain.shard_host_bytes
 
@@ -332,6 +333,46 @@ def test_the_network_follows_from_the_tokens() -> None:
     assert sizing.shard_bits_per_s == pytest.approx(sizing.backbone_bits_per_s / sizing.expert_gpus / 0.8, rel=1e-6)
 
 
+def test_deepseeks_bytes_are_those_of_a_calculation_by_hand() -> None:
+    """Check DeepSeek-V3 on 19 shards: 58 layers, 8 picks from 4 of 8 groups, rows of 7168 numbers, experts in FP8.
+
+    Of the 128 experts of a token's groups, 14 shards hold 7 and 5 shards hold 6.
+    """
+    sizing = size(known_config("deepseek-v3"), H200, "fp8", Slo(min_backbones=2))
+    assert (sizing.backbone_gpus, sizing.expert_gpus) == (2, 19)
+    touched = 19 - (14 * comb(121, 8) + 5 * comb(122, 8)) / comb(128, 8)
+    assert sizing.out_bytes_per_token == pytest.approx(58 * (touched * (7168 * 2 + 2) + 8 * 12), abs=1)
+    assert sizing.back_bytes_per_token == pytest.approx(58 * touched * 7168 * 4, abs=1)
+    both = sizing.out_bytes_per_token + sizing.back_bytes_per_token
+    assert sizing.backbone_link_bits_per_s == pytest.approx(8 * both * 320 / 0.2, abs=1)  # 32 requests, 100 ms a token
+    assert sizing.shard_link_bits_per_s == pytest.approx(8 * both * 640 / 19 / 0.8 / 0.2, abs=1)
+    experts = 59 * 256 * (3 * 7168 * 2048 + 3 * 16 * 56 * 4)  # also the MTP layer's; a scale for 128 × 128 numbers
+    assert sizing.shard_read_bytes == ceil(2 * experts / 19)
+    copies = 2 * 129_280 * 7168 * 2
+    assert sizing.backbone_read_bytes == sizing.checkpoint_bytes - experts - copies
+    assert sizing.start_bytes_per_s == ceil((2 * sizing.backbone_read_bytes + 2 * experts) / 600)
+    assert sizing.volume_bytes == 770 * GIB  # 1.2 times 688.6 GB are 769.5 GiB
+
+
+def test_qwens_bytes_are_those_of_a_calculation_by_hand() -> None:
+    """Check Qwen3-Coder-Next on 3 shards: 48 layers, 10 picks, rows of 2048 numbers, experts in FP8.
+
+    Two shards hold 171 experts of a layer, and one shard holds 170.
+    """
+    sizing = size(known_config("qwen3-coder-next"), H200, "fp8", Slo())
+    assert (sizing.backbone_gpus, sizing.expert_gpus) == (1, 3)
+    touched = 3 - (2 * comb(341, 10) + comb(342, 10)) / comb(512, 10)
+    assert sizing.out_bytes_per_token == pytest.approx(48 * (touched * (2048 * 2 + 2) + 10 * 12), abs=1)
+    assert sizing.back_bytes_per_token == pytest.approx(48 * touched * 2048 * 4, abs=1)
+    experts = 48 * 512 * (3 * 2048 * 512 + 3 * 4 * 16 * 4)
+    assert sizing.shard_read_bytes == ceil(2 * experts / 3)
+    assert sizing.backbone_read_bytes == sizing.checkpoint_bytes - experts
+    assert sizing.start_bytes_per_s == ceil((sizing.backbone_read_bytes + 2 * experts) / 600)
+    assert sizing.volume_bytes == 90 * GIB
+    assert "a shard reads 51.6 GB" in sizing.reasons[5]
+    assert "A shard that reads 2 GB/s needs 26 s." in sizing.reasons[5]
+
+
 # Reasons and messages
 
 
@@ -339,7 +380,7 @@ def test_each_number_has_its_reason() -> None:
     for name, sizing in every_sizing(("h200",), Slo()):
         starts = [reason.split(":")[0].split(" (")[0] for reason in sizing.reasons]
         widening = [] if sizing.dtype == "bf16" else ["Widening"]
-        assert starts == ["Backbones", "Expert GPUs", "Homes", "Step time", "Network", *widening], name
+        assert starts == ["Backbones", "Expert GPUs", "Homes", "Step time", "Network", "Volume", *widening], name
         assert all(reason.endswith(".") for reason in sizing.reasons)
     sizing = size(known_config("nano"), GPUS["a100"], "fp8")
     assert "two, so that one may be lost" in sizing.reasons[1]

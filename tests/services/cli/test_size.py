@@ -15,7 +15,7 @@ from cluster.sizing.fit import DRAFT_TOKENS, GIB, PAGE, SAVED_SHARE, UNREAD_TOKE
 from cluster.sizing.gpus import GPUS
 from cluster.sizing.known_models import known_config, known_models
 from cluster.sizing.model_sizes import model_sizes
-from cluster.sizing.sizing import Sizing, size
+from cluster.sizing.sizing import START_S, Sizing, size
 from model.blocks.expert_bank import LocalExperts, memory_of_all
 from model.configs.deepseek_v3 import DeepseekV3Config
 from model.configs.model_config import ModelConfig
@@ -31,9 +31,11 @@ from model.families.registry import FAMILIES
 from services.args import CHECKPOINT_SHARE, NUM_HOMES, AppArgs
 from services.cli import main
 from services.cli.size import DTYPES
+from services.engine.backbone import PLACEMENT_TIMEOUT_S
 from services.engine.drafting.draft_depth import DEFAULT_DRAFT_TOKENS, MAX_UNREAD
 from services.engine.drafting.drafter import bytes_per_request
 from services.engine.scheduling.memory import plan_memory
+from services.expert.control_client import LOAD_TIMEOUT_S
 
 NEMOTRONS = [name for name in known_models() if "Nemotron" in name]
 DEEPSEEK, QWEN = "DeepSeek-V3", "Qwen3-Coder-Next"
@@ -64,7 +66,17 @@ def test_a_model_is_told_in_80_columns() -> None:
         "247.222",
     ):
         assert words in text
-    for words in ("118 GiB", "119 GiB", "162.3", "9,216", "• Backbones: one is enough.", "• Network: "):
+    for words in (
+        "sends for a token, bytes",
+        "reads at the start, GB",
+        "118 GiB",
+        "119 GiB",
+        "162.3",
+        "9,216",
+        "• Backbones: one is enough.",
+        "• Network: ",
+        "• Volume: ",
+    ):
         assert words in text
     assert "Note" not in text
 
@@ -248,6 +260,10 @@ def test_the_backbones_weights_are_the_models(name: str) -> None:
     fp32 = FAMILIES[raw["model_type"]].fp32_parameters
     held = sum(tensor.numel() * (4 if name.endswith(fp32) else 2) for name, tensor in weights)
     assert sized(name, 1000).backbone_weight_bytes == held
+
+
+def test_the_start_takes_no_longer_than_backbones_and_the_controller_wait() -> None:
+    assert START_S == PLACEMENT_TIMEOUT_S == LOAD_TIMEOUT_S
 
 
 def test_a_serve_config_with_the_numbers_is_accepted() -> None:
