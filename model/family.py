@@ -62,11 +62,11 @@ class ModelFamily(Protocol):
 
     @property
     def expert_shapes(self) -> tuple[ExpertShape, ...]:
-        """Return the shapes of all MoE layers for which the checkpoint has weights, also those of the MTP module."""
+        """Return the shapes of all MoE layers for which the checkpoint has weights, including the MTP module's."""
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Return the ids that end an answer: those of both configs, and that of the tokenizer's `eos_token`.
+        """Return the ids that end an answer: the end tokens of both configs, and the tokenizer's `eos_token`.
 
         An id beyond the vocabulary is left out, because the model never generates it.
         """

@@ -50,7 +50,7 @@ class ShardControl(Protocol):
         """Order `shard` to drop the experts `device` from device memory, and to drop the standbys `standby`."""
 
     async def disagreements(self, old: Shard, new: Shard, experts: Experts) -> dict[int, list[int]]:
-        """Return those of `experts`, by layer, for which the shards `old` and `new` compute different results.
+        """Return the experts in `experts`, by layer, for which the shards `old` and `new` compute different results.
 
         Raises WitnessFailed if the shard `old` fails.
         """

@@ -166,7 +166,7 @@ class Race:
 
     @property
     def asked_shards(self) -> frozenset[str]:
-        """Return the ids of the shards asked for the picks in this retry round, also those of running attempts."""
+        """Return the ids of the shards asked for the picks in this retry round, running attempts included."""
         return self.history.asked_shards | {
             request.shard_id for attempt in self.attempts for request in attempt.requests
         }

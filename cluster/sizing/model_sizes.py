@@ -190,7 +190,7 @@ class ModelSizes:
         """Return a `LayerSpec` for each layer with routed experts; the layers of the MTP module come last.
 
         `expert_bytes` are the stored bytes. All layers count as equally large, but the MTP module's layers may have
-        other formats than the main layers. The memory on GPUs is that of `expert_memory`.
+        other formats than the main layers. `expert_memory` computes the memory on GPUs.
         """
         total, num_experts = Counter[bool](), Counter[bool]()
         for one in self.matrices:

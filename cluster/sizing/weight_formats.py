@@ -103,7 +103,7 @@ def dtype_of(raw: Mapping[str, Any]) -> Dtype:
 
 
 def dtype_of_formats(formats: Iterable[WeightFormat]) -> Dtype:
-    """Return the dtype that names a checkpoint with matrices in `formats`: that of the smallest format."""
+    """Return the dtype that names a checkpoint with matrices in `formats`: the dtype of the smallest format."""
     found = {*formats}
     return "nvfp4" if "nvfp4" in found else "fp8" if found & {"fp8", "fp8_blocks"} else "bf16"
 

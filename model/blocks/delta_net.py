@@ -6,7 +6,7 @@ What surprises:
   by side. The convolution's channels, however, are all queries, all keys and all values.
 - Queries and keys are divided by their lengths, √(Σx² + 1e-6), after the convolution.
 - Each key head serves several neighbouring value heads.
-- The output norm normalises first and multiplies by the gate then. Mamba-2 does it the other way round.
+- The output norm normalises first and then multiplies by the gate. Mamba-2 first multiplies and then normalises.
 - The rule is always computed as a recurrence. Its chunked form would give other bits for another split of a prompt.
 
 Legend: T tokens, R requests, G key heads, H value heads, D key dim, V value dim, C conv channels, K taps.

@@ -27,7 +27,7 @@ class Embedding(nn.Module):
         self.packed_rows: tuple[NDArray[np.generic], bool] | None = None  # the embeddings, and True if they are bf16
 
     def pack(self, is_tied: bool) -> None:
-        """Prepare the CPU kernels, also those of `logits` if the head is tied to the embeddings."""
+        """Prepare the CPU kernels; if the head is tied to the embeddings, prepare the kernels for `logits`, too."""
         rows = self.weight.detach()
         is_bf16 = rows.dtype == torch.bfloat16
         self.packed_rows = (rows.view(torch.int16) if is_bf16 else rows.float()).contiguous().numpy(), is_bf16

@@ -101,7 +101,7 @@ class DeepseekV3Config:
 
     @property
     def num_all_layers(self) -> int:
-        """Return the number of layers with that of the MTP module."""
+        """Return the number of layers, the MTP module's layer included."""
         return self.num_layers + self.num_nextn_predict_layers
 
     @property

@@ -37,11 +37,11 @@ class ModelConfig(Protocol):
 
     @property
     def num_layers(self) -> int:
-        """Return the number of layers without those of the MTP module, which have the following numbers."""
+        """Return the number of layers without the MTP module. The MTP module has the next numbers."""
 
     @property
     def expert_shapes(self) -> tuple[ExpertShape, ...]:
-        """Return the shapes of all MoE layers, also those of the MTP module, as if all matrices were plain."""
+        """Return the shapes of all MoE layers, the MTP module's layers included, as if all matrices were plain."""
 
     @property
     def n_group(self) -> int:
@@ -57,7 +57,7 @@ class ModelConfig(Protocol):
 
     @property
     def state_spec(self) -> StateSpec:
-        """Return the spec of the state of all layers, also those of the MTP module."""
+        """Return the spec of the state of all layers, the MTP module's layers included."""
 
     @property
     def chunk_align(self) -> int:

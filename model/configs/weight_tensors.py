@@ -50,7 +50,7 @@ def module_of(name: str) -> str:
 
 
 def weight_format(path: Path, name: str, dtype: str, scales: Collection[str]) -> WeightFormat:
-    """Return the format of the weight called `name`; `scales` are those of SCALES that its module has."""
+    """Return the format of the weight called `name`; `scales` are the names in SCALES that the weight's module has."""
     module, present = module_of(name), set(scales)
     weight = f"tensor {name} in {path} has the dtype {dtype}"
     match dtype:

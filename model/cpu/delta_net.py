@@ -293,8 +293,8 @@ def mix(*args: Any) -> None:
 
     - `qkvz_TP` has, for each key head, the columns q | k | v | z. The gates z may be missing if `has_output` is False.
     - `ba_TP` has, for each key head, b and a of the value heads that share it.
-    - `keeps_R`, `window_SKC` and `has_output` are those of `model.cpu.mamba.mix`; the windows have the channels
-      all q | all k | all v.
+    - `keeps_R`, `window_SKC` and `has_output` mean the same as in `model.cpu.mamba.mix`. The windows have the
+      channels all q | all k | all v.
     - `state_SHVD` holds the state with one row for each number of the value.
     """
     qkvz_TP, starts_R, state_SHVD, num_key_heads = args[0], args[2], args[9], args[10]

@@ -52,7 +52,10 @@ def norm_and_rotate(
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def apply_gates(projected_TP: Any, head_dim: Any, out_TX: Any) -> None:
-    """Multiply the outputs of each query head by σ(gate) in place; `projected_TP` is that of `norm_and_rotate`."""
+    """Multiply the outputs of each query head by σ(gate) in place.
+
+    `projected_TP` holds the gates, in the columns that `norm_and_rotate` describes.
+    """
     for t in range(out_TX.shape[0]):
         for h in range(out_TX.shape[1] // head_dim):
             gate = projected_TP[t][(2 * h + 1) * head_dim : (2 * h + 2) * head_dim]

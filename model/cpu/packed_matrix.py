@@ -7,7 +7,7 @@ costs no speed, because the lanes of a vector are different outputs rather than 
 
 Layout: a panel holds the weights of 32 outputs; `model.cpu.panel_tiles` describes the panels. Weights stay in memory as
 they are stored: bf16 as bf16, FP8 and NVFP4 as codes with scales. They become fp32 numbers in registers, the same
-numbers as those of the dequantized matrix, so a quantized weight gives the same bits as its dequantized copy.
+numbers as in the dequantized matrix, so a quantized weight gives the same bits as its dequantized copy.
 
 Legend: N rows, I inputs, O outputs, P panels of 32 outputs, G groups of inputs that share a scale.
 """

@@ -127,8 +127,8 @@ class CheckpointFamily(ABC):
     def load_expert(self, layer: int, expert: int) -> dict[str, StoredMatrix]:
         """Read the matrices of one routed expert as the checkpoint stores them.
 
-        Raises ValueError if the model has no such expert, if its format differs from that of the layer's expert 0, or
-        if a code is NaN.
+        Raises ValueError if the model has no such expert, if its format differs from the format of expert 0 of the
+        layer, or if a code is NaN.
         """
         shape = next((shape for shape in self.expert_shapes if shape.layer == layer), None)
         if shape is None or not 0 <= expert < shape.num_experts:

@@ -206,7 +206,7 @@ def tensor_name(parameter_name: str, prefix: str) -> str:
 
 
 def expert_tensor_name(config: NemotronHConfig, layer: int, expert: int, matrix: str, prefix: str) -> str:
-    """Return the name of the weight of an expert's matrix "up" or "down"; `prefix` is that of `tensor_name`."""
+    """Return the name of the weight of an expert's matrix "up" or "down"; `prefix` is passed to `tensor_name`."""
     is_mtp = layer >= config.num_layers
     place = f"mtp.layers.{layer - config.num_layers}" if is_mtp else f"layers.{layer}"
     return tensor_name(f"{place}.mixer.experts.{expert}.{matrix}_proj.weight", prefix)

@@ -10,7 +10,7 @@ What surprises:
 - The head may have more rows than the tokenizer has tokens.
 
 Legend: T tokens of the step, D hidden, V vocabulary.
-Source: the model's code in transformers; for the MTP module, which transformers does not load, that of vLLM.
+Source: the model's code in transformers; for the MTP module, which transformers does not load, vLLM's code.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class Promoter:
         return keys
 
     async def _pin_standbys(self, layer: int, experts: list[int], deadline: float) -> set[Key]:
-        """Wait for device memory, pin those of `experts` that fit together, and start the missing promotions.
+        """Wait for device memory, pin the first of `experts` that fit together, and start the missing promotions.
 
         Return the keys of the pinned experts.
         """
