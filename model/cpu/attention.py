@@ -22,12 +22,41 @@ from model.cpu.functions import bits_of, exp, from_bf16, round_to_bf16
 from model.cpu.panel_products import multiply_fp32_panel
 from model.cpu.panel_tiles import PANEL
 from model.cpu.thread_pool import THREAD_POOL, take_task, task_done
-from model.cpu.vectors import pointer_to
+from model.cpu.vectors import LANES, pointer_to, transpose_tile
 
 FAST = {"contract", "reassoc", "nsz"}
 TILE = 16  # number of queries for which a block of keys is unpacked once
 NO_SCORE = np.float32(-3e38)
 MIN_WORK_TO_SHARE = 1 << 22  # multiply-adds; below this number, waking workers takes longer than sharing saves
+
+
+@njit(nogil=True, error_model="numpy", inline="never")
+def pack_row(row_D: Any, is_bf16: Any, panels: Any, j: Any) -> None:
+    """Copy a row of the pages to row `j` of the panels (groups of PANEL numbers, PANEL rows, PANEL), as fp32."""
+    for p in range(panels.shape[0]):
+        part, into = row_D[p * PANEL : (p + 1) * PANEL], panels[p, j]
+        for d in range(part.shape[0]):
+            into[d] = from_bf16(part[d]) if is_bf16 else np.float32(part[d])
+
+
+@njit(nogil=True, error_model="numpy", inline="never")
+def transpose_panels(panels: Any, out: Any) -> None:
+    """Write the transpose of each panel of PANEL x PANEL numbers to `out`."""
+    for p in range(panels.shape[0]):
+        for i in range(0, PANEL, LANES):
+            for j in range(0, PANEL, LANES):
+                source, target = (p * PANEL + j) * PANEL + i, (p * PANEL + i) * PANEL + j
+                transpose_tile(pointer_to(panels, source), PANEL, pointer_to(out, target), PANEL)
+
+
+@njit(nogil=True, error_model="numpy", inline="never")
+def write_row(values_D: Any, row_D: Any, is_bf16: Any) -> None:
+    """Write fp32 numbers to a row of the pages."""
+    for d in range(len(values_D)):
+        if is_bf16:
+            row_D[d] = bits_of(round_to_bf16(values_D[d])) >> np.int32(16)
+        else:
+            row_D[d] = values_D[d]
 
 
 @njit(nogil=True, error_model="numpy", inline="never")
@@ -39,31 +68,25 @@ def _unpack_block(
     is_bf16: Any,
     block_size: Any,
     kv_head: Any,
+    rows: Any,
     keys: Any,
     values: Any,
 ) -> None:
-    """Copy the keys and values of PANEL positions, starting at `first`, into panels.
+    """Copy the keys and values of PANEL positions, starting at `first`, into panels; `rows` is scratch memory.
 
-    - `keys` has the layout [dim][key].
+    - `keys` has the layout [group of 32 dims][dim in the group][key].
     - `values` has the layout [group of 32 dims][key][dim in the group].
 
     Positions after the last key are filled with zeros. Such positions have weight zero, but zero times an arbitrary
     value could be NaN.
     """
-    head_dim = pages.shape[3]
     if num_keys < PANEL:
-        keys[:] = 0.0
-    values[:] = 0.0
+        rows[:], values[:] = np.float32(0.0), np.float32(0.0)
     for j in range(num_keys):
-        place = table_W[(first + j) // block_size] * block_size + (first + j) % block_size
-        key, value = pages[place, 0, kv_head], pages[place, 1, kv_head]
-        for d in range(head_dim):
-            keys[d * PANEL + j] = from_bf16(key[d]) if is_bf16 else np.float32(key[d])
-        for start in range(0, head_dim, PANEL):
-            part = value[start : start + PANEL]
-            into = values[(start + j) * PANEL : (start + j + 1) * PANEL]
-            for d in range(part.shape[0]):
-                into[d] = from_bf16(part[d]) if is_bf16 else np.float32(part[d])
+        page = pages[table_W[(first + j) // block_size] * block_size + (first + j) % block_size]
+        pack_row(page[0, kv_head], is_bf16, rows, j)
+        pack_row(page[1, kv_head], is_bf16, values, j)
+    transpose_panels(rows, keys)
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST, inline="never")
@@ -107,11 +130,13 @@ def _attend_head(
     group_size = num_heads // num_kv_heads
     num_panels = -(-head_dim // PANEL)
     scale = np.float32(1.0 / math.sqrt(head_dim))
-    keys = np.zeros(head_dim * PANEL, np.float32)
-    values = np.zeros(num_panels * PANEL * PANEL, np.float32)
+    # One array each: parts of a common array would not be contiguous to the compiler, which would not vectorise loops.
+    rows = np.zeros((num_panels, PANEL, PANEL), np.float32)
+    keys, values = np.zeros_like(rows), np.zeros_like(rows)
     most = min(TILE, length) * group_size
     q_ND, score_NB = np.empty((most, head_dim), np.float32), np.empty((most, PANEL), np.float32)
-    sum_ND, part_ND = np.empty((2, most, num_panels * PANEL), np.float32)
+    sum_ND = np.empty((most, num_panels * PANEL), np.float32)
+    part_ND = np.empty_like(sum_ND)
     best_N, total_N, shrink_N = np.empty((3, most), np.float32)
     for tile in range(0, length, TILE):
         num_rows = min(TILE, length - tile) * group_size
@@ -124,7 +149,7 @@ def _attend_head(
         end = context + min(tile + TILE, length)
         for first in range(first_key // PANEL * PANEL, end, PANEL):
             num_keys = min(PANEL, end - first)
-            _unpack_block(first, num_keys, table_W, pages, is_bf16, block_size, kv_head, keys, values)
+            _unpack_block(first, num_keys, table_W, pages, is_bf16, block_size, kv_head, rows, keys, values)
             q_rows, key, score = pointer_to(q_ND, 0), pointer_to(keys, 0), pointer_to(score_NB, 0)
             multiply_fp32_panel(q_rows, head_dim, num_rows, head_dim, key, score, PANEL, False)
             for i in range(num_rows):
@@ -170,11 +195,7 @@ def _append(
         for part in range(2):
             first = (num_heads + part * num_kv_heads + kv_head) * head_dim
             new, kept = qkv_TX[start + t][first : first + head_dim], pages[place, part, kv_head]
-            for d in range(head_dim):
-                if is_bf16:
-                    kept[d] = bits_of(round_to_bf16(new[d])) >> np.int32(16)
-                else:
-                    kept[d] = new[d]
+            write_row(new, kept, is_bf16)
 
 
 @njit(nogil=True, error_model="numpy", cache=True)

@@ -25,15 +25,14 @@ import numpy as np
 import torch
 from numba import njit
 
-from model.cpu.attention import MIN_WORK_TO_SHARE, NO_SCORE, softmax_block
-from model.cpu.functions import bits_of, from_bf16, round_to_bf16
+from model.cpu.attention import MIN_WORK_TO_SHARE, NO_SCORE, pack_row, softmax_block, transpose_panels, write_row
 from model.cpu.linear import apply_linear
 from model.cpu.norm import rms_norm
 from model.cpu.panel_products import multiply_fp32_panel, multiply_panels
 from model.cpu.panel_tiles import PANEL
 from model.cpu.rope import rotate
 from model.cpu.thread_pool import THREAD_POOL, take_task, task_done
-from model.cpu.vectors import LANES, pointer_to, transpose_tile
+from model.cpu.vectors import pointer_to
 
 MAX_ROWS = 128  # rows (tokens · heads) of a task's products; their scratch is below 1 MB, which fits the caches
 MIN_HEADS, MAX_HEADS = 4, 16  # heads of a task for prompts and for single tokens
@@ -44,18 +43,6 @@ def _normed(x_TD: Any, weight_D: Any, eps: Any) -> Any:
     out_TD = np.empty(x_TD.shape, np.float32)
     rms_norm(x_TD, weight_D, eps, out_TD)
     return out_TD
-
-
-@njit(nogil=True, error_model="numpy", inline="never")
-def _append(latent_C: Any, key_E: Any, page_K: Any, is_bf16: Any) -> None:
-    """Write a token's latent and rotated key to its row of the pages."""
-    size = len(latent_C)
-    for k in range(len(page_K)):
-        value = latent_C[k] if k < size else key_E[k - size]
-        if is_bf16:
-            page_K[k] = bits_of(round_to_bf16(value)) >> np.int32(16)
-        else:
-            page_K[k] = value
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
@@ -103,7 +90,8 @@ def project_and_append(
             key_E = latent_TK[t, len(latent_norm_C) :]
             rotate(key_E, table_T2F[t], is_interleaved)
             place = tables_RW[r, position // block_size] * block_size + position % block_size
-            _append(latent_TC[t], key_E, pages[place], is_bf16)
+            write_row(latent_TC[t], pages[place, : len(latent_norm_C)], is_bf16)
+            write_row(key_E, pages[place, len(latent_norm_C) :], is_bf16)
             for head in range(num_heads):
                 end = (head + 1) * head_dim
                 rotate(q_TX[t, end - rope_dim : end], table_T2F[t], is_interleaved)
@@ -141,16 +129,9 @@ def _unpack_block(
     if num_hidden > 0 or num_keys < PANEL:
         values[:] = np.float32(0.0)
     for j in range(num_hidden, num_keys):
-        row_K = pages[table_W[(first + j) // block_size] * block_size + (first + j) % block_size]
-        for group in range(values.shape[0]):
-            part, into = row_K[group * PANEL : (group + 1) * PANEL], values[group, j]
-            for k in range(len(part)):
-                into[k] = from_bf16(part[k]) if is_bf16 else np.float32(part[k])
-    for group in range(values.shape[0]):
-        for i in range(0, PANEL, LANES):
-            for j in range(0, PANEL, LANES):
-                source = pointer_to(values, (group * PANEL + j) * PANEL + i)
-                transpose_tile(source, PANEL, pointer_to(keys, (group * PANEL + i) * PANEL + j), PANEL)
+        page = pages[table_W[(first + j) // block_size] * block_size + (first + j) % block_size]
+        pack_row(page, is_bf16, values, j)
+    transpose_panels(values, keys)
 
 
 @njit(nogil=True, error_model="numpy", inline="never")
