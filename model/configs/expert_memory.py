@@ -4,7 +4,7 @@ The shards, the planner, the capacity check and `expertmesh size` all take their
 
 | a shard that computes with | device memory | host memory of a standby |
 |---|---|---|
-| the CPU kernels | the stored bytes | the stored bytes |
+| the CPU kernels | the stored bytes; fp32 if the number of inputs is odd | the stored bytes |
 | CUDA | one slot: the dequantized matrices | an equal part of a pinned slab |
 | plain PyTorch on a CPU | one slot: the dequantized matrices | the stored bytes |
 
@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from model.configs.expert_shape import ExpertShape
-from model.configs.weight_format import NumberType, stored_parts
+from model.configs.weight_format import NumberType, fills_words, stored_parts
 
 # Tensors in a slot start at multiples of this number of bytes, as tensors from torch's allocator for CUDA do.
 ALIGNMENT = 512
+FP32_BYTES = 4
 PINNED_SLAB = 2 << 30  # bytes of one allocation of page-locked memory; large, so that little is left beside the slots
 
 
@@ -42,14 +43,14 @@ def expert_memory(
     """Return the memory that one expert of each layer takes on a shard, by layer.
 
     - `plain`: the type of plain numbers, to which a shard without packed weights also dequantizes the other numbers.
-    - `is_packed`: True if the shard computes with the stored numbers, as the CPU kernels do.
+    - `is_packed`: True if the shard computes with the stored numbers where it can, as the CPU kernels do.
     - `is_pinned`: True if standbys are in page-locked memory, which is so if the device is a GPU.
     """
     shapes = tuple(shapes)
     slot = max((slot_bytes(shape, plain) for shape in shapes), default=0)
     return {
         shape.layer: ExpertMemory(
-            device=shape.nbytes(plain) if is_packed else slot,
+            device=packed_bytes(shape, plain) if is_packed else slot,
             host=pinned_bytes(stored_sizes(shape, plain)) if is_pinned else shape.nbytes(plain),
         )
         for shape in shapes
@@ -64,6 +65,14 @@ def slot_offsets(sizes: Iterable[int]) -> list[int]:
 def dequantized_sizes(shape: ExpertShape, plain: NumberType) -> list[int]:
     """Return the bytes of each of an expert's matrices if all numbers have the type `plain`."""
     return [matrix.rows * matrix.columns * plain.itemsize for matrix in shape.matrices]
+
+
+def packed_bytes(shape: ExpertShape, plain: NumberType) -> int:
+    """Return the bytes of one expert for the CPU kernels, which keep matrices with an odd number of inputs in fp32."""
+    return sum(
+        matrix.nbytes(plain) if fills_words(matrix.columns) else FP32_BYTES * matrix.rows * matrix.columns
+        for matrix in shape.matrices
+    )
 
 
 def stored_sizes(shape: ExpertShape, plain: NumberType) -> list[int]:

@@ -74,6 +74,14 @@ def stored_parts(format: WeightFormat, rows: int, columns: int) -> tuple[StoredP
             )
 
 
+def fills_words(columns: int) -> bool:
+    """Return True if a row of `columns` numbers fills the words in which the CPU kernels read bf16 and FP8.
+
+    A word holds two numbers. Rows that do not fill their words are kept in fp32.
+    """
+    return columns % 2 == 0
+
+
 def matrix_bytes(format: WeightFormat, rows: int, columns: int, plain: NumberType) -> int:
     """Return the bytes of a matrix (rows, columns) with its scales, if plain numbers have the type `plain`."""
     return sum(part.nbytes(plain) for part in stored_parts(format, rows, columns))

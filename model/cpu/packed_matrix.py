@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.configs.weight_format import BLOCK, WeightFormat
+from model.configs.weight_format import BLOCK, WeightFormat, fills_words
 from model.cpu.panel_products import product_address
 from model.cpu.panel_tiles import E2M1_GROUP, E4M3_GROUP, PANEL, Kind
 from model.stored_matrix import StoredMatrix
@@ -156,7 +156,7 @@ def _reason_for_fp32(weight: StoredMatrix) -> str | None:
     An odd number of inputs does not fill the words of bf16 and FP8. Scales of 2**90 or more would overflow in the
     kernels, and the kernels do not know the codes that mean NaN.
     """
-    if weight.shape[1] % 2:
+    if not fills_words(weight.shape[1]):
         return "an odd number of inputs"
     if weight.format == "plain":
         return None

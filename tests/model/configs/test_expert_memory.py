@@ -11,8 +11,10 @@ import torch
 from model.configs.expert_memory import ALIGNMENT, PINNED_SLAB, expert_memory, pinned_bytes, stored_sizes
 from model.configs.expert_shape import ExpertShape
 from model.configs.weight_format import WeightFormat
+from model.cpu.packed_matrix import pack_matrix
 from tests import cuda_allocators as cuda
 from tests.cuda_allocators import CachingAllocator, pinned_block
+from tests.model.stored_matrices import random_matrix
 
 MIB, GIB = 1 << 20, 1 << 30
 INCLUDE = Path(torch.__file__).parent / "include"
@@ -79,6 +81,21 @@ def test_only_packed_experts_take_their_stored_bytes(
     assert shape.nbytes(torch.bfloat16) == stored == sum(stored_sizes(shape, torch.bfloat16))
     memory = expert_memory([shape], torch.bfloat16, is_packed=is_packed, is_pinned=False)[1]
     assert (memory.device, memory.host) == (device, stored)
+
+
+@pytest.mark.parametrize("format", ["plain", "fp8", "fp8_blocks"])
+def test_the_kernels_keep_an_odd_number_of_inputs_in_fp32(format: WeightFormat) -> None:
+    """Compare the memory of an expert with 33 inputs and 64 hidden numbers with the packed matrices.
+
+    The 33 outputs of `down` take two panels of 32 outputs. The outputs that are missing in panels are not counted.
+    """
+    shape = ExpertShape(1, num_experts=4, top_k=1, input_dim=33, width=64, kind="swiglu", formats=(format,) * 3)
+    up, down = (pack_matrix(random_matrix(format, *size).to("cpu", torch.bfloat16)) for size in ((64, 33), (33, 64)))
+    assert (up.kind, up.nbytes) == ("fp32", 64 * 33 * 4)
+    assert down.kind != "fp32"
+    memory = expert_memory([shape], torch.bfloat16, is_packed=True, is_pinned=False)[1]
+    assert memory.device == 2 * up.nbytes + shape.matrices[2].nbytes(torch.bfloat16)
+    assert memory.host == shape.nbytes(torch.bfloat16) < memory.device
 
 
 def test_all_slots_of_a_device_are_as_large_as_the_largest() -> None:
