@@ -11,7 +11,7 @@ from enum import Enum
 
 from services.gateway.chat.dialects.call_parser import CallParser
 from services.gateway.chat.dialects.dialect import Dialect
-from services.gateway.chat.markers import Marker
+from services.gateway.chat.markers import MarkerTokens
 from services.gateway.chat.stop_strings import StopMatcher
 from services.gateway.chat.tool_call_delta import ToolCallDelta
 from services.gateway.chat.tools import Tool, tools_by_name
@@ -68,8 +68,7 @@ class AnswerParser:
         self._beginning = "" if dialect.opens_reasoning and not in_reasoning else None
         self._calls: CallParser | None = None
         self.num_calls = 0
-        self._num_chars = 0  # characters of the answer up to now
-        self._tokens: set[int] = set()  # for each token that is a marker, the number of characters before the token
+        self._marker_tokens = MarkerTokens()
         self._content: list[str] = []
         self._reasoning: list[str] = []
         self._deltas: list[ToolCallDelta] = []
@@ -93,11 +92,11 @@ class AnswerParser:
         The note must come before the marker's text is pushed. A marker that is a token of the vocabulary is found only
         where such a token was noted.
         """
-        self._tokens.add(num_before)
+        self._marker_tokens.expect(num_before)
 
     def push(self, text: str) -> AnswerParts:
         """Add `text` to the answer, and return the pieces that may now be shown."""
-        self._num_chars += len(text)
+        self._marker_tokens.add_text(text)
         if self._beginning is not None:
             text = self._open_reasoning(self._beginning + text)
         while text and not self.is_done:
@@ -127,11 +126,12 @@ class AnswerParser:
             self._beginning = text
             return ""
         self._beginning = None
-        if not begun.startswith(marker.text) or not self._is_token(marker, self._num_chars - len(begun)):
+        after = begun.removeprefix(marker.text)
+        if after == begun or not self._marker_tokens.is_marker(marker, after):
             return text
         self._is_thinking, self._at = True, _Section.REASONING
         self._matcher, self._edges = self._new_matcher(), _LineEndTrimmer(is_inside=False)
-        return begun.removeprefix(marker.text)
+        return after
 
     def _push_text(self, text: str) -> str:
         shown, is_marked = self._matcher.push(text)
@@ -141,7 +141,7 @@ class AnswerParser:
         rest, found = self._matcher.flush(), self._matcher.stop
         is_think_end = found == self._dialect.think_end.text
         marker = self._dialect.think_end if is_think_end else self._dialect.calls_start
-        if not self._is_token(marker, self._num_chars - len(rest) - len(found)):
+        if not self._marker_tokens.is_marker(marker, rest):
             self._show(found)
             self._matcher = self._new_matcher()
         elif is_think_end:
@@ -149,11 +149,10 @@ class AnswerParser:
             self._enter_content()
         else:
             self._before_call, self._at = self._at, _Section.CALL
-            self._calls = self._dialect.call_parser(self._tools, self.num_calls, self._is_forced)
+            self._calls = self._dialect.call_parser(
+                self._tools, self.num_calls, self._is_forced, self._marker_tokens.is_marker
+            )
         return rest
-
-    def _is_token(self, marker: Marker, num_before: int) -> bool:
-        return marker.token_id is None or num_before in self._tokens
 
     def _push_call(self, text: str) -> str:
         assert self._calls is not None

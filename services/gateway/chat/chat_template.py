@@ -154,4 +154,4 @@ class ChatTemplate:
 
     def _shows_calls(self, form: PastCallForm) -> bool:
         prompt = self._tried([QUESTION, TURN, RESULT_TURN], form)
-        return self.dialect.shows_call(prompt, CALL, KEY, VALUE) and CONTENT in prompt and RESULT in prompt
+        return self.dialect.shows_call(prompt, CALL) and CONTENT in prompt and RESULT in prompt

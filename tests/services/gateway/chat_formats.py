@@ -37,6 +37,12 @@ def _object(arguments: str) -> list[tuple[str, object]]:
     return list(json.loads(arguments).items())
 
 
+def _tagged(calls: list[tuple[str, str]]) -> str:
+    return "\n".join(
+        f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>' for name, arguments in calls
+    )
+
+
 def _fenced(calls: list[tuple[str, str]]) -> str:
     head = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>"
     parts = [f"{head}{name}\n```json\n{arguments}\n```<｜tool▁call▁end｜>" for name, arguments in calls]
@@ -72,11 +78,12 @@ class ChatFormat:
 
 
 XML = (SPECIAL + XML_TOKENS, (), "<s>", "<|im_end|>", _xml)
-XML_ADDED = (SPECIAL, XML_TOKENS, "<s>", "<|im_end|>", _xml)
+QWEN = (SPECIAL, XML_TOKENS, "<s>", "<|im_end|>")
 DEEPSEEK = (DEEPSEEK_SPECIAL, DEEPSEEK_TOKENS, *DEEPSEEK_SPECIAL[1:])
 FORMATS: Mapping[str, ChatFormat] = {
     "nemotron": ChatFormat(DEMO / "chat_template.jinja", *XML, "enable_thinking"),
-    "qwen3-coder": ChatFormat(TEMPLATES / "qwen3-coder.jinja", *XML_ADDED),
+    "qwen3-coder": ChatFormat(TEMPLATES / "qwen3-coder.jinja", *QWEN, _xml),
+    "qwen3-next": ChatFormat(TEMPLATES / "qwen3-next.jinja", *QWEN, _tagged),
     "deepseek-v3": ChatFormat(TEMPLATES / "deepseek-v3.jinja", *DEEPSEEK, _fenced, tells_tools=False),
     "deepseek-v31": ChatFormat(TEMPLATES / "deepseek-v31.jinja", *DEEPSEEK, _unfenced, "thinking", tells_tools=False),
 }

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
+from services.gateway.chat.markers import Marker
 from services.gateway.chat.tool_call_delta import ToolCallDelta
+
+# Returns True if the text of a marker, which stands directly before the second argument in the answer, is the marker.
+# The second argument is the end of the text that was pushed.
+IsMarker = Callable[[Marker, str], bool]
 
 
 class CallParser(ABC):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 
 from services.gateway.chat.conversation import PastCall
-from services.gateway.chat.dialects.call_parser import CallParser
+from services.gateway.chat.dialects.call_parser import CallParser, IsMarker
 from services.gateway.chat.dialects.call_rules import CallRules
 from services.gateway.chat.dialects.dialect import Dialect
 from services.gateway.chat.tools import Tool, ToolMode, ToolUse
@@ -31,10 +32,11 @@ class CalllessDialect(Dialect):
                 raise ValueError(f"tools[{n}].function.strict may not be true, {reason}.")
         return replace(tool_use, mode=ToolMode.NONE)
 
-    def shows_call(self, prompt: str, call: PastCall, key: str, value: str) -> bool:
-        return call.name in prompt and key in prompt and value in prompt
+    def shows_call(self, prompt: str, call: PastCall) -> bool:
+        (argument,) = json.loads(call.arguments).items()
+        return all(text in prompt for text in (call.name, *argument))
 
-    def call_parser(self, tools: Mapping[str, Tool], index: int, is_forced: bool) -> CallParser:
+    def call_parser(self, tools: Mapping[str, Tool], index: int, is_forced: bool, is_marker: IsMarker) -> CallParser:
         raise AssertionError("no call begins in a format without calls")
 
     def call_rules(self, tool_use: ToolUse, counted: CountedChars, is_relaxed: bool) -> CallRules:

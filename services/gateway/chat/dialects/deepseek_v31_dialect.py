@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from services.gateway.chat.dialects.json_call_form import CALL_END, CALL_START, CALLS_END, CALLS_START, SEPARATOR
+from services.gateway.chat.dialects.json_call_form import (
+    CALL_END,
+    CALL_START,
+    CALLS_END,
+    CALLS_START,
+    SEPARATOR,
+    JsonCallForm,
+    Slot,
+)
 from services.gateway.chat.dialects.json_dialect import JsonDialect, described
 
 # The model was trained with these sentences, which the section "ToolCall" of its model card gives word for word.
@@ -27,7 +35,12 @@ class DeepSeekV31Dialect(JsonDialect):
     """
 
     title = "calls with unfenced JSON, as DeepSeek-V3.1 writes them"
-    is_fenced = False
+    call_marker_texts = (CALLS_START, CALLS_END, CALL_START, SEPARATOR, CALL_END)
+
+    def form(self) -> JsonCallForm:
+        calls_start, calls_end, call_start, separator, call_end = self.call_markers
+        call = (call_start, Slot.NAME, separator, Slot.ARGUMENTS, call_end)
+        return JsonCallForm(calls_start, call, calls_end)
 
     def preamble(self, tools: Sequence[Mapping[str, Any]]) -> str:
         return f"## Tools\nYou have access to the following tools:\n\n{described(tools)}{FORM}"

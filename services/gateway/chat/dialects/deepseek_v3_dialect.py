@@ -14,6 +14,8 @@ from services.gateway.chat.dialects.json_call_form import (
     FENCE,
     FENCE_END,
     SEPARATOR,
+    JsonCallForm,
+    Slot,
 )
 from services.gateway.chat.dialects.json_dialect import JsonDialect, described
 
@@ -30,8 +32,14 @@ class DeepSeekV3Dialect(JsonDialect):
     """
 
     title = "calls with fenced JSON, as DeepSeek-V3, V3-0324 and R1 write them"
-    is_fenced = True
+    call_marker_texts = (CALLS_START, CALLS_END, CALL_START, SEPARATOR, CALL_END)
     opens_reasoning = True
+
+    def form(self) -> JsonCallForm:
+        calls_start, calls_end, call_start, separator, call_end = self.call_markers
+        fence, fence_end = f"\n{FENCE}\n", f"\n{FENCE_END}"
+        call = (call_start, CALL_TYPE, separator, Slot.NAME, fence, Slot.ARGUMENTS, fence_end, call_end)
+        return JsonCallForm(calls_start, call, calls_end, between="\n")
 
     def preamble(self, tools: Sequence[Mapping[str, Any]]) -> str:
         return (

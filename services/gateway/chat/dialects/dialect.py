@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from services.gateway.chat.conversation import Conversation, PastCall
-from services.gateway.chat.dialects.call_parser import CallParser
+from services.gateway.chat.dialects.call_parser import CallParser, IsMarker
 from services.gateway.chat.dialects.call_rules import CallRules
 from services.gateway.chat.markers import THINK_END, THINK_START, Marker
 from services.gateway.chat.stop_strings import StopStrings
@@ -77,15 +79,22 @@ class Dialect(ABC):
         """
         return ""
 
-    @abstractmethod
-    def shows_call(self, prompt: str, call: PastCall, key: str, value: str) -> bool:
-        """Return True if `prompt` holds `call` in this format; `value` is its only argument, with the name `key`."""
+    def shows_call(self, prompt: str, call: PastCall) -> bool:
+        """Return True if `prompt` holds `call`, whose arguments are strings, in this format."""
+        for start in re.finditer(re.escape(self.calls_start.text), prompt):
+            parser = self.call_parser({call.name: Tool(call.name)}, 0, False, lambda marker, after: True)
+            parser.push(prompt[start.end() :])
+            if parser.num_calls:
+                [shown] = parser.take()
+                return bool(json.loads(shown.arguments) == json.loads(call.arguments))
+        return False
 
     @abstractmethod
-    def call_parser(self, tools: Mapping[str, Tool], index: int, is_forced: bool) -> CallParser:
+    def call_parser(self, tools: Mapping[str, Tool], index: int, is_forced: bool, is_marker: IsMarker) -> CallParser:
         """Return a parser for one section of calls of `tools`.
 
         `index` is the number of the first call, and `is_forced` is True if a grammar makes every call valid.
+        `is_marker` tells the tokens of markers from the same text in other tokens.
         """
 
     @abstractmethod

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from services.gateway.chat.dialects.call_rules import CallRules, json_rule, spelled
-from services.gateway.chat.dialects.json_call_form import CALL_TYPE, FENCE, FENCE_END, JsonCallForm
+from services.gateway.chat.dialects.json_call_form import JsonCallForm, Slot
+from services.gateway.chat.markers import Marker
 from services.gateway.chat.tools import Tool, ToolUse
 from services.gateway.schema.counted_chars import CountedChars
 from services.gateway.schema.errors import UnsupportedKeyword
@@ -22,20 +23,31 @@ class JsonCallRules(CallRules):
         super().__init__(counted, is_relaxed)
         self._form = form
         between = json.dumps(form.between) if form.between else ""
-        more = "" if tool_use.max_calls == 1 else f"({between} one_call)*"
-        self._add("calls: call")
         self._add(f"call: {spelled(form.calls_start)} call_rest")
-        self._add(f"call_rest: one_call {more} {spelled(form.calls_end)}")
-        self._add(f"one_call: {spelled(form.call_start)} function {spelled(form.call_end)}")
+        if form.calls_end is None:
+            self.more = "" if tool_use.max_calls == 1 else f"({between} call)*"
+            self._add(f"calls: call {self.more}")
+            self._add("call_rest: function")
+        else:
+            more = "" if tool_use.max_calls == 1 else f"({between} function)*"
+            self._add("calls: call")
+            self._add(f"call_rest: function {more} {spelled(form.calls_end)}")
         self._add_functions(tool_use)
 
     def _add_function(self, n: int, tool: Tool) -> None:
-        separator, arguments = spelled(self._form.separator), self._share(json_rule(self._schema(n, tool)), "arguments")
-        if self._form.is_fenced:
-            name, end = json.dumps(f"{tool.name}\n{FENCE}\n"), json.dumps(f"\n{FENCE_END}")
-            self._add(f"function_{n}: {json.dumps(CALL_TYPE)} {separator} {name} {arguments} {end}")
-        else:
-            self._add(f"function_{n}: {json.dumps(tool.name)} {separator} {arguments}")
+        expressions, text = [], ""
+        for part in self._form.call:
+            if isinstance(part, str) or part is Slot.NAME:
+                text += tool.name if part is Slot.NAME else part
+                continue
+            expressions += [json.dumps(text)] if text else []
+            text = ""
+            if isinstance(part, Marker):
+                expressions.append(spelled(part))
+            else:
+                expressions.append(self._share(json_rule(self._schema(n, tool)), "arguments"))
+        assert not text, "each form of a call ends with a marker"
+        self._add(f"function_{n}: {' '.join(expressions)}")
 
     def _schema(self, n: int, tool: Tool) -> Any:
         """Return the schema of the arguments in keywords that llguidance knows."""

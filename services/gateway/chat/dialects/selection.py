@@ -6,8 +6,9 @@ from services.gateway.chat.dialects.callless_dialect import CalllessDialect
 from services.gateway.chat.dialects.deepseek_v3_dialect import DeepSeekV3Dialect
 from services.gateway.chat.dialects.deepseek_v31_dialect import DeepSeekV31Dialect
 from services.gateway.chat.dialects.dialect import Dialect, FindMarker
+from services.gateway.chat.dialects.hermes_dialect import ARGUMENTS_KEY, NAME_KEY, HermesDialect
 from services.gateway.chat.dialects.json_call_form import FENCE_END, SEPARATOR
-from services.gateway.chat.dialects.xml_call_parser import FUNCTION, PARAMETER
+from services.gateway.chat.dialects.xml_call_parser import CALL_START, FUNCTION, PARAMETER
 from services.gateway.chat.dialects.xml_dialect import XmlDialect
 
 # dialects, each with the strings that a template of the dialect holds; the first dialect that fits is taken
@@ -15,6 +16,7 @@ DIALECTS: tuple[tuple[type[Dialect], tuple[str, ...]], ...] = (
     (DeepSeekV3Dialect, (SEPARATOR, FENCE_END)),
     (DeepSeekV31Dialect, (SEPARATOR,)),
     (XmlDialect, (FUNCTION, PARAMETER)),
+    (HermesDialect, (CALL_START, NAME_KEY, ARGUMENTS_KEY)),
     (CalllessDialect, ()),
 )
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from services.gateway.chat.dialects.call_parser import CallParser
+from services.gateway.chat.dialects.call_parser import CallParser, IsMarker
+from services.gateway.chat.markers import Marker
 from services.gateway.chat.stop_strings import StopMatcher, StopStrings
 from services.gateway.chat.tool_call_delta import ToolCallDelta, new_call
 from services.gateway.chat.tools import Tool, argument_json, is_string_type
@@ -36,10 +37,11 @@ MARKUP = ("call", "body", "end")  # parts of a call that may hold only white spa
 
 
 class XmlCallParser(CallParser):
-    """An `XmlCallParser` parses one tool call, beginning with the text after `<tool_call>`."""
+    """An `XmlCallParser` parses one tool call, beginning with the text after `<tool_call>`, up to `call_end`."""
 
-    def __init__(self, tools: Mapping[str, Tool], index: int) -> None:
+    def __init__(self, tools: Mapping[str, Tool], index: int, call_end: Marker, is_marker: IsMarker) -> None:
         super().__init__(CALL_START, index)
+        self._call_end, self._is_marker = call_end, is_marker
         self._tools, self._num_keys = tools, 0
         self._enter("call")
 
@@ -57,6 +59,8 @@ class XmlCallParser(CallParser):
                 if is_ended and self._part == "value" and self._quotes.is_inside:
                     self._add_marker_as_text()
                     continue
+            if is_ended and self._part == "end" and not self._is_marker(self._call_end, text):
+                self.is_broken = True
             if is_ended and not self.is_broken:
                 self._leave(self._matcher.stop)
         return text if self.is_whole else ""

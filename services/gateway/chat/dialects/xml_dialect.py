@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from services.gateway.chat.conversation import PastCall
+from services.gateway.chat.dialects.call_parser import IsMarker
 from services.gateway.chat.dialects.dialect import Dialect
-from services.gateway.chat.dialects.xml_call_parser import CALL_END, CALL_START, FUNCTION, PARAMETER, XmlCallParser
+from services.gateway.chat.dialects.xml_call_parser import CALL_END, CALL_START, XmlCallParser
 from services.gateway.chat.dialects.xml_call_rules import XmlCallRules
 from services.gateway.chat.tools import Tool, ToolUse
 from services.gateway.schema.counted_chars import CountedChars
@@ -31,12 +31,8 @@ class XmlDialect(Dialect):
                 allowed = "names without '<', '>' and line ends, and schemas"
                 raise ValueError(f"{path}.properties must hold {allowed}, not {name!r:.100}.")
 
-    def shows_call(self, prompt: str, call: PastCall, key: str, value: str) -> bool:
-        before, _, after = prompt.partition(f"{FUNCTION}{call.name}>")
-        return bool(before) and after.lstrip().startswith(f"{PARAMETER}{key}>") and value in after
-
-    def call_parser(self, tools: Mapping[str, Tool], index: int, is_forced: bool) -> XmlCallParser:
-        return XmlCallParser(tools, index)
+    def call_parser(self, tools: Mapping[str, Tool], index: int, is_forced: bool, is_marker: IsMarker) -> XmlCallParser:
+        return XmlCallParser(tools, index, self.call_markers[1], is_marker)
 
     def call_rules(self, tool_use: ToolUse, counted: CountedChars, is_relaxed: bool) -> XmlCallRules:
         call_start, call_end = self.call_markers

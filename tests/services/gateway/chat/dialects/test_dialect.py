@@ -108,6 +108,29 @@ def test_a_marker_is_a_token(world: FormatWorld) -> None:
     assert [one.name for one in whole.calls] == ["now"]
 
 
+def test_a_marker_inside_a_section_of_calls_is_a_token(world: FormatWorld) -> None:
+    """Check that each marker of a call must be the model's own token, and that nothing is lost if it is not."""
+    encode, end = world.tokenizer.encode, world.chat_format.eos_id
+    call = world.chat_format.write_calls([NOW_CALL])
+    tokens = encode(call, add_special_tokens=False)
+    start, *inner = world.tokenizer.dialect.call_markers
+    markers = {marker.token_id for marker in inner}
+    places = [n for n, token in enumerate(tokens) if token in markers]
+    assert {tokens[n] for n in places} == markers
+    assert tokens[0] == start.token_id
+    for n in places:
+        marker = world.tokenizer.decode([tokens[n]])
+        spelled = [token for char in marker for token in encode(char, add_special_tokens=False)]
+        whole = answer(world, [*tokens[:n], *spelled, *tokens[n + 1 :], end], FREE)
+        # In DeepSeek's formats the calls before the end of the section are complete without this end.
+        is_called = marker == "<｜tool▁calls▁end｜>"
+        assert [one.name for one in whole.calls] == ["now"] * is_called, marker
+        assert whole.text == (marker if is_called else call)
+        value = json.dumps({"x": marker})
+        whole = answer(world, [*encode(world.chat_format.write_calls([("log", value)]), False), end], FREE)
+        assert [json.loads(one.arguments) for one in whole.calls] == [{"x": marker}]
+
+
 def test_calls_of_all_kinds_of_requests_are_constrained(world: FormatWorld) -> None:
     write, dialect = world.chat_format.write_calls, world.tokenizer.dialect
     weather, now = write([WEATHER_CALL]), write([NOW_CALL])
@@ -219,7 +242,7 @@ def test_pieces_of_any_length_give_the_same_parts(world: FormatWorld) -> None:
 def test_an_answer_may_open_its_reasoning_itself_where_models_do(world: FormatWorld, start: str) -> None:
     call = world.chat_format.write_calls([NOW_CALL])
     text = f"{start}So.</think>\n\nYes.{call}"
-    if world.name == "deepseek-v3":  # as R1 does
+    if world.tokenizer.dialect.opens_reasoning:  # as R1 and Qwen3 do
         assert said(world, text, FREE) == ("Yes.", "So.", [("now", {})])
         assert said(world, f"{start}So {call}", FREE) == ("", "So ", [("now", {})])
         assert said(world, " <thin", FREE) == (" <thin", "", [])

@@ -7,13 +7,24 @@ import pytest
 from services.gateway.chat.answer_parser import AnswerParser
 from services.gateway.chat.dialects.deepseek_v3_dialect import DeepSeekV3Dialect
 from services.gateway.chat.dialects.deepseek_v31_dialect import DeepSeekV31Dialect
+from services.gateway.chat.dialects.hermes_dialect import HermesDialect
 from services.gateway.chat.dialects.json_dialect import JsonDialect
 from services.gateway.chat.markers import Marker
 from tests.services.gateway.weather import ANY, NOW
 
-FENCED, UNFENCED = (kind(lambda text: Marker(text, None)) for kind in (DeepSeekV3Dialect, DeepSeekV31Dialect))
+KINDS = (DeepSeekV3Dialect, DeepSeekV31Dialect, HermesDialect)
+FENCED, UNFENCED, HERMES = (kind(lambda text: Marker(text, None)) for kind in KINDS)
 BEGIN, END, CALL, CALL_END = (f"<｜tool▁{name}｜>" for name in ("calls▁begin", "calls▁end", "call▁begin", "call▁end"))
 SEP = "<｜tool▁sep｜>"
+
+
+def written(dialect: JsonDialect, name: str, arguments: str) -> str:
+    """Return a section with one call as the model of a dialect writes the call."""
+    if dialect is HERMES:
+        return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+    fenced = f"function{SEP}{name}\n```json\n{arguments}\n```"
+    call = fenced if dialect is FENCED else f"{name}{SEP}{arguments}"
+    return f"{BEGIN}{CALL}{call}{CALL_END}{END}"
 
 
 def parse(dialect: JsonDialect, text: str, is_forced: bool = False) -> tuple[str, list[tuple[str, str]]]:
@@ -41,6 +52,9 @@ def parse(dialect: JsonDialect, text: str, is_forced: bool = False) -> tuple[str
         ),  # the end of the section is missing
         (UNFENCED, f'{BEGIN}{CALL}log{SEP}{{"a": 1}}{CALL_END}{END}'),
         (UNFENCED, f'{BEGIN} {CALL}log {SEP}\n{{"a": 1}}\n{CALL_END}\n{END}\n'),
+        (HERMES, '<tool_call>\n{"name": "log", "arguments": {"a": 1}}\n</tool_call>'),
+        (HERMES, '<tool_call>{"name":"log","arguments":{"a": 1}}</tool_call>\n'),
+        (HERMES, '<tool_call>\n\n {\n  "name" : "log" ,\n  "arguments" :\n{"a": 1}\n}\n\n</tool_call>'),
     ],
 )
 @pytest.mark.parametrize("is_forced", [False, True])
@@ -48,14 +62,19 @@ def test_white_space_around_the_parts_of_a_call(dialect: JsonDialect, text: str,
     assert parse(dialect, text, is_forced) == ("", [("log", '{"a": 1}')])
 
 
+def test_the_arguments_may_stand_before_the_name() -> None:
+    call = '<tool_call>\n{"arguments": {"a": {"name": "x"}}, "name": "log"}\n</tool_call>'
+    assert parse(HERMES, f"{call}\n{call}") == ("", [("log", '{"a": {"name": "x"}}')] * 2)
+    for broken in (call.replace("log", "unknown"), call.replace('"name": "log"', '"id": 3'), call[:-3]):
+        assert parse(HERMES, broken) == (broken, [])
+
+
 @pytest.mark.parametrize("value", ["```", "\n```", CALL_END, END, f"{CALL_END}{END}", '"}', "\\", "é", "</think>"])
-@pytest.mark.parametrize("dialect", [FENCED, UNFENCED])
+@pytest.mark.parametrize("dialect", [FENCED, UNFENCED, HERMES])
 def test_strings_may_hold_markers(dialect: JsonDialect, value: str) -> None:
     arguments = json.dumps({"x": value}, ensure_ascii=False)
-    fenced = f"function{SEP}log\n```json\n{arguments}\n```"
-    call = fenced if dialect.is_fenced else f"log{SEP}{arguments}"
     for is_forced in (False, True):
-        assert parse(dialect, f"{BEGIN}{CALL}{call}{CALL_END}{END}", is_forced) == ("", [("log", arguments)])
+        assert parse(dialect, written(dialect, "log", arguments), is_forced) == ("", [("log", arguments)])
 
 
 @pytest.mark.parametrize(
@@ -72,6 +91,14 @@ def test_strings_may_hold_markers(dialect: JsonDialect, value: str) -> None:
         (UNFENCED, f"{BEGIN}{CALL}unknown{SEP}{{}}{CALL_END}{END}"),
         (UNFENCED, f"{BEGIN}{BEGIN}"),
         (UNFENCED, f"{BEGIN}{CALL}log{SEP}{{"),
+        (HERMES, '<tool_call>\n{"name": "log", "arguments": [1]}\n</tool_call>'),
+        (HERMES, '<tool_call>\n{"name": "log", "arguments": {}, "id": 3}\n</tool_call>'),
+        (HERMES, '<tool_call>\n{"name": "log"}\n</tool_call>'),
+        (HERMES, '<tool_call>\n{"name": "unknown", "arguments": {}}\n</tool_call>'),
+        (HERMES, '<tool_call>\n{"name": "log", "arguments": {}}\n}</tool_call>'),
+        (HERMES, '<tool_call>\n{"name": "log", "arguments": {\'a\': 1}}\n</tool_call>'),
+        (HERMES, "<tool_call>\n<function=log>\n</function>\n</tool_call>"),
+        (HERMES, "<tool_call>" * 5),
     ],
 )
 def test_what_is_no_call_is_content_and_nothing_is_lost(dialect: JsonDialect, text: str) -> None:
@@ -95,6 +122,7 @@ def test_a_forced_call_that_is_cut_off_shows_what_there_is() -> None:
 
 def test_a_forced_call_may_be_nested_deep() -> None:
     arguments = f'{{"a": {"[" * 300}{"]" * 300}}}'
-    text = f"{BEGIN}{CALL}log{SEP}{arguments}{CALL_END}{END}"
-    assert parse(UNFENCED, text, is_forced=True) == ("", [("log", arguments)])
-    assert parse(UNFENCED, text) == (text, [])
+    for dialect in (FENCED, UNFENCED, HERMES):
+        text = written(dialect, "log", arguments)
+        assert parse(dialect, text, is_forced=True) == ("", [("log", arguments)])
+        assert parse(dialect, text) == (text, [])

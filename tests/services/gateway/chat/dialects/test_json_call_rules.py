@@ -67,7 +67,7 @@ def allows(world: FormatWorld, parameters: dict[str, Any], is_strict: bool, *arg
 def test_the_whole_schema_is_enforced(
     worlds: dict[str, FormatWorld], parameters: dict[str, Any], good: list[Any], bad: list[Any], is_strict: bool
 ) -> None:
-    for name in ("deepseek-v3", "deepseek-v31"):
+    for name in ("deepseek-v3", "deepseek-v31", "qwen3-next"):
         assert allows(worlds[name], parameters, is_strict, *good) == [True] * len(good)
         assert allows(worlds[name], parameters, is_strict, *bad) == [False] * len(bad)
 

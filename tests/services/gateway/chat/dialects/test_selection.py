@@ -7,6 +7,7 @@ import pytest
 from services.gateway.chat.dialects.callless_dialect import CalllessDialect
 from services.gateway.chat.dialects.deepseek_v3_dialect import DeepSeekV3Dialect
 from services.gateway.chat.dialects.deepseek_v31_dialect import DeepSeekV31Dialect
+from services.gateway.chat.dialects.hermes_dialect import HermesDialect
 from services.gateway.chat.dialects.selection import dialect_of
 from services.gateway.chat.dialects.xml_dialect import XmlDialect
 from services.gateway.chat.markers import Marker
@@ -18,6 +19,7 @@ from tests.services.gateway.chat_formats import FORMATS
     [
         ("nemotron", XmlDialect),
         ("qwen3-coder", XmlDialect),
+        ("qwen3-next", HermesDialect),
         ("deepseek-v3", DeepSeekV3Dialect),
         ("deepseek-v31", DeepSeekV31Dialect),
     ],

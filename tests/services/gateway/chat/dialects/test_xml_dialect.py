@@ -22,6 +22,6 @@ def test_names_that_xml_cannot_hold(name: str) -> None:
 def test_which_prompts_show_a_call() -> None:
     call = PastCall("1", "f", '{"k": "a value"}')
     shown = "<tool_call>\n<function=f>\n<parameter=k>\na value\n</parameter>\n</function>\n</tool_call>"
-    assert DIALECT.shows_call(f"a {shown}", call, "k", "a value")
+    assert DIALECT.shows_call(f"a {shown}", call)
     for text in ("", shown.replace("=f>", "=g>"), shown.replace("a value", "a"), "<function=f>\n{'k': 'a value'}"):
-        assert not DIALECT.shows_call(f"a {text}", call, "k", "a value")
+        assert not DIALECT.shows_call(f"a {text}", call)
