@@ -1,7 +1,8 @@
 """The tests serve every checkpoint of `SERVED`, alone and in company, locally and through shards.
 
 No token of an answer and no log probability may depend on the other requests, on chunks, on preemption, on the prefix
-cache, on drafts, on the number of shards, on the placement, on a move of experts or on a killed shard.
+cache, on drafts, on the number of shards, on the placement, on a move of experts or on a killed shard. Sampled tokens
+must have the probabilities of the model.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import asyncio
 import os
 import random
 import signal
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,8 +39,9 @@ from services.expert.weights import transfer
 from services.expert.weights.load_order import Key, Sources
 from services.expert.weights.weights import ExpertMetadata, Weights
 from tests.model.checkpoints import Tiny
-from tests.model.steps import random_tokens
+from tests.model.steps import full_logits, random_tokens
 from tests.model.variants import SERVED
+from tests.services.engine.sampling.statistics import chi_squared, chi_squared_bound, obvious_probs
 from tests.services.expert.serving import CONFIG, run, serving
 from tests.services.expert.shard_process import ShardProcess
 from tests.services.expert.test_client import prefer
@@ -49,6 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "preemption and drafts": {"num_blocks": 12, "max_draft_tokens": 3},
     "cache, drafts and chunks": {"has_prefix_cache": True, "max_draft_tokens": 3, "max_batch_tokens": 40},
 }
+NUM_SAMPLED, SAMPLED_LEN = 1_000, 3  # answers, and tokens of an answer, whose distribution is tested
 Answer = tuple[list[int], list[TokenLogprob]]
 
 
@@ -152,15 +157,22 @@ def served(request: pytest.FixtureRequest, tiny_of: Callable[[str], Tiny]) -> Se
 
 
 @pytest.fixture
-def good_drafts(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make every engine draft to the largest depth, and make three of four drafts right.
+def deep_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every engine draft to the largest depth."""
+
+    def depths(self: DraftingState, acceptances: Any, num_other_rows: int, allowed: Any) -> list[int]:
+        return [min(self.max_depth, most) for most in allowed]
+
+    monkeypatch.setattr(DraftingState, "depths", depths)
+
+
+@pytest.fixture
+def good_drafts(served: Served, deep_drafts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make three of four drafts right.
 
     The MTP modules of the tiny checkpoints have random weights, so their own drafts are nearly always wrong.
     """
     draft = Drafter.draft
-
-    def depths(self: DraftingState, acceptances: Any, num_other_rows: int, allowed: Any) -> list[int]:
-        return [min(self.max_depth, most) for most in allowed]
 
     def draft_well(self: Drafter, draft_requests: list[DraftRequest]) -> None:
         draft(self, draft_requests)
@@ -170,7 +182,6 @@ def good_drafts(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
             right = served.alone[n][0][start : start + len(one.draft_ids)]
             one.draft_ids = tuple(token if (n + start + i) % 4 else (token + 1) % 256 for i, token in enumerate(right))
 
-    monkeypatch.setattr(DraftingState, "depths", depths)
     monkeypatch.setattr(Drafter, "draft", draft_well)
 
 
@@ -187,6 +198,93 @@ def test_nothing_changes_a_token_or_its_probability(served: Served, name: str, g
     assert len(stats.accepted_by_position) == num_depths
     for accepted, drafted in zip(stats.accepted_by_position, stats.drafted_by_position, strict=True):
         assert 0 < accepted < drafted
+
+
+def test_no_logprob_of_a_prompt_depends_on_chunks_or_on_other_requests(served: Served) -> None:
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=3)
+
+    async def scored(made: Engine, together: int) -> list[tuple[TokenLogprob | None, ...]]:
+        gate = asyncio.Semaphore(together)
+
+        async def one(n: int) -> tuple[TokenLogprob | None, ...]:
+            async with gate:
+                outputs = [output async for output in made.generate(str(n), PROMPTS[n], params)]
+            return tuple(entry for output in outputs for entry in output.prompt_logprobs)
+
+        return await asyncio.gather(*map(one, range(8)))
+
+    with served.engine() as made:
+        expected = asyncio.run(scored(made, together=1))
+    assert [len(entries) for entries in expected] == [len(prompt) for prompt in PROMPTS[:8]]
+    with served.engine(max_batch_tokens=40, max_scored_tokens=9) as made:
+        assert asyncio.run(scored(made, together=8)) == expected
+
+
+def answer_probs(served: Served, prompt: list[int], params: SamplingParams) -> dict[tuple[int, ...], float]:
+    """Return all possible answers of SAMPLED_LEN tokens, each with its probability according to the model's logits."""
+    found: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(SAMPLED_LEN):
+        longer: dict[tuple[int, ...], float] = {}
+        for tokens, prob in found.items():
+            logits = full_logits(served.model, [*prompt, *tokens])[-1]
+            for token, next_prob in enumerate(obvious_probs(logits.tolist(), params)):
+                if next_prob > 0:
+                    longer[*tokens, token] = prob * float(next_prob)
+        found = longer
+    return found
+
+
+async def sample(made: Engine, prompt: list[int], params: SamplingParams) -> list[tuple[int, ...]]:
+    """Return the answers to one prompt with the seeds 0, 1, 2 and so on."""
+    gate = asyncio.Semaphore(2 * NUM_PROMPTS)
+
+    async def one(seed: int) -> tuple[int, ...]:
+        async with gate:
+            outputs = made.generate(str(seed), prompt, replace(params, seed=seed))
+            return tuple([token async for output in outputs for token in output.token_ids])
+
+    return await asyncio.gather(*map(one, range(NUM_SAMPLED)))
+
+
+def test_sampled_tokens_have_the_probabilities_of_the_model(
+    served: Served, deep_drafts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compare many answers to one prompt with the probabilities of all answers, without drafts and with drafts.
+
+    A draft is a guess among the tokens that are possible, so that about every third draft is right.
+    """
+    if served.tiny.name in ("odd", "qwen_odd"):
+        pytest.skip("takes up to a minute, because the recurrence of this checkpoint runs plain PyTorch")
+    prompt, chooser, draft = random_tokens(8, seed=8), random.Random(8), Drafter.draft
+    params = SamplingParams(temperature=0.5, top_k=3, max_tokens=SAMPLED_LEN, ignore_eos=True)
+    probs, possible = answer_probs(served, prompt, params), defaultdict[tuple[int, ...], list[int]](list)
+    for answer in probs:
+        for n, token in enumerate(answer):
+            possible[answer[:n]].append(token)
+
+    def guess(self: Drafter, draft_requests: list[DraftRequest]) -> None:
+        draft(self, draft_requests)
+        for one in draft_requests:
+            tokens = (*one.request.token_ids[len(prompt) :], *one.new_ids)
+            guesses = tokens
+            for _ in one.draft_ids:
+                guesses = (*guesses, chooser.choice(possible[guesses]))
+            one.draft_ids = guesses[len(tokens) :]
+
+    with served.engine() as made:
+        sampled = asyncio.run(sample(made, prompt, params))
+    counts = Counter(sampled)
+    assert counts.keys() <= probs.keys()
+    found = chi_squared(np.array([counts[answer] for answer in probs]), np.array(list(probs.values())))
+    assert found < chi_squared_bound(len(probs))
+
+    if served.family.has_mtp:
+        monkeypatch.setattr(Drafter, "draft", guess)
+        with served.engine(max_draft_tokens=SAMPLED_LEN - 1) as made:
+            assert asyncio.run(sample(made, prompt, params)) == sampled
+            stats = made.stats()
+        for accepted, drafted in zip(stats.accepted_by_position, stats.drafted_by_position, strict=True):
+            assert 0.2 < accepted / drafted < 0.5
 
 
 def test_no_number_of_shards_and_no_placement_changes_anything(served: Served) -> None:
