@@ -118,9 +118,12 @@ SEVERAL_FILES = "deepseek_moonlight"
 NESTED = ("deepseek_odd",)  # the variant with the config of transformers 5; the others have the public dialect
 
 
-def write_deepseek(path: Path, name: str) -> Tiny:
-    """Write the checkpoint of variant `name` to `path`; every call writes the same weights."""
-    raw = BASE | VARIANTS[name]
+def write_deepseek(path: Path, name: str, **changes: Any) -> Tiny:
+    """Write the checkpoint of variant `name`, with `changes` to its config, to `path`.
+
+    Every call with the same arguments writes the same weights.
+    """
+    raw = BASE | VARIANTS[name] | changes
     generator = torch.Generator().manual_seed(list(VARIANTS).index(name))
     oracle = make_model(raw, generator)
     if name == TINY_LATENTS:

@@ -6,6 +6,7 @@ The tests of the model run with every variant. The tests of the engine serve the
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,10 +28,13 @@ SERVED: tuple[tuple[str, torch.dtype], ...] = (  # with the dtype of the deploym
 )
 
 
-def write_variant(path: Path, name: str) -> Tiny:
-    """Write the checkpoint of variant `name` to `path`; every call writes the same weights."""
+def write_variant(path: Path, name: str, **changes: Any) -> Tiny:
+    """Write the checkpoint of variant `name`, with `changes` to its config, to `path`.
+
+    Every call with the same arguments writes the same weights.
+    """
     if name in DEEPSEEK:
-        return deepseek_checkpoints.write_deepseek(path, name)
+        return deepseek_checkpoints.write_deepseek(path, name, **changes)
     if name in QWEN:
-        return qwen_checkpoints.write_qwen(path, name)
-    return checkpoints.write_tiny(path, name)
+        return qwen_checkpoints.write_qwen(path, name, **changes)
+    return checkpoints.write_tiny(path, name, **changes)
