@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -56,18 +57,18 @@ def test_refusals(asked: Asked, name: str) -> None:
 def test_forced_calls_match_their_schema(asked: Asked, enable_thinking: bool, is_strict: bool) -> None:
     chat_format, surfaces = asked
     tools = [{**tool, "function": tool["function"] | {"strict": is_strict}} for tool in (PICK, SHORT)]
-    for tool in tools:
-        function = tool["function"]
-        choice = {"type": "function", "function": {"name": function["name"]}}
-        bias = {"6": 60} if enable_thinking and chat_format.switch else {}
-        result = ask(
-            surfaces,
-            chat(tools=tools, tool_choice=choice, enable_thinking=enable_thinking, logit_bias=bias, max_tokens=200),
-        )
+    functions = {tool["function"]["name"]: tool["function"] for tool in tools}
+    bias = {"6": 60} if enable_thinking and chat_format.switch else {}
+    options = {"tools": tools, "enable_thinking": enable_thinking, "logit_bias": bias, "max_tokens": 200}
+    choices: list[Any] = [*({"type": "function", "function": {"name": name}} for name in functions), "required"]
+    for choice in choices:
+        allowed = functions if choice == "required" else [choice["function"]["name"]]
+        result = ask(surfaces, chat(**options, tool_choice=choice, parallel_tool_calls=choice != "required"))
         [answer] = result.choices
         [(name, arguments)] = answer["calls"].values()
-        assert (name, answer["finish"], answer["text"]) == (function["name"], "tool_calls", "")
-        jsonschema.validate(json.loads(arguments), function["parameters"])
+        assert (answer["finish"], answer["text"]) == ("tool_calls", "")
+        assert name in allowed
+        jsonschema.validate(json.loads(arguments), functions[name]["parameters"])
 
 
 def test_the_prompt_tells_of_tools_and_of_earlier_calls(asked: Asked) -> None:
