@@ -70,7 +70,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-5,
         "num_nextn_predict_layers": 0,
     },
-    "deepseek_odd": {  # every number odd, and a rotated part that is no multiple of 4
+    "deepseek_odd": {  # every number odd, a rotated part that is no multiple of 4, and an epsilon that is heard
         "rope_parameters": YARN | {"factor": 7.0, "mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 3, "beta_slow": 2},
         "vocab_size": 257,
         "hidden_size": 61,
@@ -88,6 +88,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "qk_nope_head_dim": 9,
         "v_head_dim": 11,
         "norm_topk_prob": False,
+        "rms_norm_eps": 0.1,
     },
     "deepseek_tied": {  # rare settings: a tied head, half-split rotation, one magnitude, no dense layer
         "rope_parameters": YARN | {"mscale_all_dim": None},

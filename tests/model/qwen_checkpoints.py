@@ -57,7 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "linear_conv_kernel_dim": 3,
         "linear_num_value_heads": 2,
     },
-    "qwen_odd": {
+    "qwen_odd": {  # most numbers odd, and an epsilon that is heard
         "hidden_size": 61,
         "head_dim": 18,
         "num_attention_heads": 3,
@@ -69,6 +69,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 37,
         "shared_expert_intermediate_size": 33,
         "num_experts": 7,
+        "rms_norm_eps": 0.1,
     },
     "qwen_fp8": {  # sizes that are no multiples of 128, so that the last blocks are smaller
         "num_hidden_layers": 3,

@@ -26,6 +26,7 @@ SETTINGS: list[tuple[int, dict[str, Any]]] = [
     (6, {"rope_type": "default", "rope_theta": 5_000_000.0}),
     (64, YARN | {"rope_theta": 10_000.0, "mscale": 1.0, "mscale_all_dim": 1.0}),
     (64, YARN | {"rope_theta": 10_000.0}),
+    (64, YARN | {"rope_theta": 10_000.0, "mscale_all_dim": 0.7}),
     (12, YARN | {"rope_theta": 50_000.0, "mscale": 0.7, "mscale_all_dim": 1.3, "factor": None}),
     (6, YARN | {"rope_theta": 100.0, "beta_fast": 2.0, "beta_slow": 2.0, "mscale": 0.7}),
     (2, YARN | {"rope_theta": 10_000.0, "original_max_position_embeddings": 8}),

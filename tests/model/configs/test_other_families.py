@@ -39,6 +39,13 @@ def test_flat_and_nested_keys_of_rope_say_the_same() -> None:
     assert qwen(rope_scaling=None) == qwen(partial_rotary_factor=None) == qwen()
 
 
+def test_missing_keys_have_the_defaults_of_transformers() -> None:
+    missing = {"norm_topk_prob": None, "tie_word_embeddings": None}
+    for config in (deepseek(**missing), qwen(**missing)):
+        assert config.norm_topk_prob
+        assert not config.tie_word_embeddings
+
+
 def test_yarn_without_a_factor_stretches_to_the_context() -> None:
     scaling = {**DEEPSEEK["rope_scaling"], "factor": None}
     assert deepseek(rope_scaling=scaling) == deepseek()

@@ -87,6 +87,15 @@ def test_a_request_goes_on_from_the_pages_of_another(model_of: Callable[..., Bac
     assert torch.equal(logits, full_logits(model, tokens)[2 * size :])
 
 
+def test_the_router_of_a_bfloat16_model_is_fp32(tiny_of: Callable[[str], Tiny]) -> None:
+    family = load_family(tiny_of(BASIC).path)
+    weights = family.load_backbone(family.load_local_experts(torch.bfloat16), torch.bfloat16).state_dict()
+    for name in ("weight", "e_score_correction_bias"):
+        stored = family.checkpoint.tensor(f"model.layers.1.mlp.gate.{name}")
+        assert torch.equal(weights[f"layers.1.mlp.mixer.gate.{name}"], stored)
+    assert weights["layers.1.mlp.norm.weight"].dtype == torch.bfloat16
+
+
 # MTP ------------------------------------------------------------------------------------------------------------------
 
 

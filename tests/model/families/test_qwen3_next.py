@@ -57,6 +57,7 @@ def test_bfloat16_is_near_fp32(tiny_of: Callable[[str], Tiny], model_of: Callabl
     model = family.load_backbone(family.load_local_experts(torch.bfloat16), torch.bfloat16)
     weights = model.state_dict()
     assert weights["layers.0.attention.mixer.A_log"].dtype == torch.float32
+    assert weights["layers.0.attention.mixer.dt_bias"].dtype == torch.float32
     assert weights["layers.0.mlp.mixer.gate.weight"].dtype == torch.float32
     assert weights["layers.0.attention.norm.weight"].dtype == torch.bfloat16
     exact = full_logits(model_of("qwen"), tokens)
