@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
@@ -14,12 +16,15 @@ from google.protobuf.message import DecodeError
 
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.options import MAX_MESSAGE_BYTES
-from services.expert.transport.http2 import GrpcSocket, ProtocolBroken, ServerStream, StreamEnded, keep_alive
+from services.expert.transport.http2 import GrpcSocket, ServerStream, keep_alive
+from services.expert.transport.http2_errors import ProtocolBroken, StreamEnded
+from services.expert.transport.wire import COMPUTE_PATH
 from services.expert.transport.worker import READ, WRITE, Worker
 
 log = logging.getLogger(__name__)
 
 BACKLOG = 128
+LAST_REPLIES_S = 2.0  # time for all clients together to take the last replies when the server closes
 MAX_UNSENT_BYTES = 8 << 20  # above this number of unsent reply bytes, no requests of a client are read
 
 
@@ -58,15 +63,15 @@ class ComputeServer:
         self._listening.close()
         if self._spare is not None:
             os.close(self._spare)
+        stop_at = time.monotonic() + LAST_REPLIES_S
         for stream in list(self._streams):
-            stream.reply(None)
-            stream.close()
+            stream.finish(stop_at)
 
     def _on_connect(self, _: int) -> None:
         try:
             tcp_socket, _address = self._listening.accept()
             keep_alive(tcp_socket)
-            grpc_socket = GrpcSocket(tcp_socket, ServerStream(MAX_MESSAGE_BYTES))
+            grpc_socket = GrpcSocket(tcp_socket, ServerStream(COMPUTE_PATH, MAX_MESSAGE_BYTES))
         except OSError as error:
             log.warning("A client's connection could not be accepted: %s", error)
             if error.errno in (errno.EMFILE, errno.ENFILE):
@@ -173,6 +178,19 @@ class _ComputeServerStream:
         if (events or READ) != self._watched:
             self._watched = events or READ
             self._worker.watch_for(self._socket.tcp_socket, self._watched)
+
+    def finish(self, stop_at: float) -> None:
+        """End the stream, wait until the client has taken the last replies or `stop_at` has come, and close."""
+        self.reply(None)
+        poll = select.poll()
+        poll.register(self._socket.tcp_socket, READ)
+        with suppress(OSError):  # of a client that is gone, or that breaks the protocol
+            while self.is_open and self._socket.stream.num_unsent and (left_s := stop_at - time.monotonic()) > 0:
+                poll.modify(self._socket.tcp_socket, READ | (WRITE if self._socket.has_unsent else 0))
+                poll.poll(1000 * left_s)
+                self._socket.receive()  # wider windows; the worker computes no further requests
+                self._socket.flush()
+        self.close()
 
     def _close_after_own_error(self) -> None:
         log.exception("A client's connection is closed, because serving it failed.")

@@ -8,7 +8,6 @@ this with the client and the server of grpcio.
 Sources:
 
 - RFC 9113 (HTTP/2);
-- RFC 7541 (HPACK): headers are written as literals and are never read, because nothing here depends on a header;
 - gRPC over HTTP/2 (grpc/doc/PROTOCOL-HTTP2.md).
 """
 
@@ -17,18 +16,43 @@ from __future__ import annotations
 import socket
 import struct
 from collections import deque
+from urllib.parse import quote, unquote
+
+import grpc
+
+from services.expert.transport.header_blocks import (
+    CONTINUATION,
+    END_HEADERS,
+    END_STREAM,
+    HEADERS,
+    PADDED,
+    HeaderReader,
+    Headers,
+    encode_headers,
+)
+from services.expert.transport.http2_errors import (
+    ENHANCE_YOUR_CALM,
+    FLOW_CONTROL_ERROR,
+    FRAME_SIZE_ERROR,
+    NO_ERROR,
+    PROTOCOL_ERROR,
+    REFUSED_STREAM,
+    STREAM_CLOSED,
+    ProtocolBroken,
+    StreamEnded,
+)
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
-END_STREAM, ACK, END_HEADERS, PADDED = 1, 1, 4, 8
+DATA, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 3, 4, 6, 7, 8
+ACK = 1  # the flag of a SETTINGS or PING frame
 MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE = 3, 4, 5
 DEFAULT_WINDOW, DEFAULT_FRAME, MAX_WINDOW = 65_535, 16_384, 2**31 - 1
 OUR_MAX_FRAME = 1 << 20
 MIN_MAX_FRAME, MAX_MAX_FRAME = 1 << 14, (1 << 24) - 1  # allowed values of the setting MAX_FRAME_SIZE
 RENEW_WINDOW_AT = 1 << 30  # bytes received after which the windows of the other side are widened again
-MAX_IDLE_FRAMES = 10_000  # frames in a row without data of a message; clients send about one per megabyte of data
-NO_ERROR, PROTOCOL_ERROR, FLOW_CONTROL_ERROR, STREAM_CLOSED = 0, 1, 3, 5
-FRAME_SIZE_ERROR, REFUSED_STREAM, ENHANCE_YOUR_CALM = 6, 7, 11
+# An idle frame brings less than MIN_DATA bytes of a message. Clients send about one idle frame per megabyte of data. A
+# peer that sends more of them in a row, until a message is complete, would keep the thread busy with frames.
+MAX_IDLE_FRAMES, MIN_DATA = 10_000, 64
 HEADER = struct.Struct(">HBBBI")  # header of a frame: length in 16 + 8 bits, type, flags, stream
 KEEPALIVE_S, KEEPALIVE_PROBES = 10, 3  # a host that is gone is noticed after 40 s without traffic
 USER_TIMEOUT_MS = 30_000  # milliseconds for the kernel of the other side to acknowledge written bytes
@@ -39,22 +63,13 @@ WHOLE = struct.Struct(">HBBBIBI")  # HEADER and PREFIX of a frame with one whole
 
 
 FRAME_LENGTHS = {RST_STREAM: 4, PING: 8, WINDOW_UPDATE: 4}  # payload bytes of frames that have a fixed length
-FRAMES_OF_STREAMS, FRAMES_OF_CONNECTIONS = (DATA, HEADERS, RST_STREAM), (SETTINGS, PING, GOAWAY)
+FRAMES_OF_STREAMS, FRAMES_OF_CONNECTIONS = (DATA, HEADERS, RST_STREAM, CONTINUATION), (SETTINGS, PING, GOAWAY)
+FRAMES_OF_OPENED_STREAMS = DATA, RST_STREAM, WINDOW_UPDATE
 
-
-class StreamEnded(ConnectionError):
-    """A `StreamEnded` error says that the other side ended the stream or broke the protocol, and how."""
-
-
-class ProtocolBroken(StreamEnded):
-    """A `ProtocolBroken` error says which rule of HTTP/2 or gRPC the other side broke.
-
-    `code` is the error code (RFC 9113, section 7) for the GOAWAY frame that tells the other side.
-    """
-
-    def __init__(self, code: int, detail: str) -> None:
-        super().__init__(detail)
-        self.code = code
+POST, SUCCESS = (":method", "POST"), (":status", "200")
+GRPC = ("content-type", "application/grpc")
+STATUS_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
+UNIMPLEMENTED = grpc.StatusCode.UNIMPLEMENTED.value[0]
 
 
 def _frame(kind: int, flags: int, stream_id: int, payload: bytes = b"") -> bytes:
@@ -70,30 +85,6 @@ def _grow_window(stream_id: int, num_bytes: int) -> bytes:
     return _frame(WINDOW_UPDATE, 0, stream_id, num_bytes.to_bytes(4, "big"))
 
 
-def _number(value: int, prefix_bits: int, first: int = 0) -> bytes:
-    """Return an integer in the encoding of RFC 7541, section 5.1."""
-    limit = (1 << prefix_bits) - 1
-    if value < limit:
-        return bytes([first | value])
-    rest, out = value - limit, bytearray([first | limit])
-    while rest >= 128:
-        out.append(rest & 0x7F | 0x80)
-        rest >>= 7
-    return bytes([*out, rest])
-
-
-def _text(value: str) -> bytes:
-    return _number(len(value), 7) + value.encode("ascii")
-
-
-def _header(name: int | str, value: str) -> bytes:
-    """Return a header as a literal that is not indexed; an integer `name` is an index into the static table."""
-    return (_number(name, 4) if isinstance(name, int) else b"\0" + _text(name)) + _text(value)
-
-
-POST, HTTP, STATUS_200 = b"\x83", b"\x86", b"\x88"
-AUTHORITY, PATH, CONTENT_TYPE = 1, 4, 31
-GRPC = _header(CONTENT_TYPE, "application/grpc")
 OPENING = _settings((INITIAL_WINDOW_SIZE, MAX_WINDOW), (MAX_FRAME_SIZE, OUR_MAX_FRAME)) + _grow_window(
     0, MAX_WINDOW - DEFAULT_WINDOW
 )
@@ -110,12 +101,14 @@ class GrpcStream:
         self.unsent = bytearray()
         self.is_greeted = False  # the other side has sent its settings
         self.is_ended = False  # the other side will send no more messages
-        self._stream_id = 0
+        self._stream_id = 0  # the stream in use, or 0
+        self._newest_stream_id = 0  # the newest stream that was opened on the connection
+        self._headers = HeaderReader()
         self._buffer = bytearray()  # the part of a frame that has come so far
         self._buffer_needs = HEADER.size  # bytes that `_buffer` must have before a frame can be read
         self._message = bytearray()  # the part of a message that has come so far
         self._message_needs = PREFIX_LEN  # bytes that `_message` must have before a message can be read
-        self._num_idle_frames = 0  # frames without data since the last message
+        self._num_idle_frames = 0  # idle frames since the last message
         self._held_back: deque[memoryview] = deque()  # messages that the windows of the other side have no room for
         self._num_held_back = 0  # bytes of all messages in `_held_back`
         self._connection_window = self._stream_window = self._initial_window = DEFAULT_WINDOW
@@ -148,7 +141,7 @@ class GrpcStream:
         try:
             return self._read_frames(data)
         except ProtocolBroken as error:
-            last_stream = self._stream_id.to_bytes(4, "big")
+            last_stream = self._newest_stream_id.to_bytes(4, "big")
             self.unsent += _frame(GOAWAY, 0, 0, last_stream + error.code.to_bytes(4, "big") + str(error).encode())
             raise
 
@@ -191,13 +184,18 @@ class GrpcStream:
             raise ProtocolBroken(
                 PROTOCOL_ERROR, f"a frame of type {kind} came on stream {stream_id}, but belongs to no stream"
             )
+        if kind in FRAMES_OF_OPENED_STREAMS and stream_id > self._newest_stream_id:
+            raise ProtocolBroken(
+                PROTOCOL_ERROR, f"a frame of type {kind} came on stream {stream_id}, which nobody has opened"
+            )
+        self._headers.check_order(kind, stream_id)
 
     def _only_message(self, data: bytes) -> bytes | None:
         """Return the message if `data` is one whole frame with one whole message, else None.
 
         Most received data is of this kind, so this fast path saves time.
         """
-        if self._buffer or self._message or self.is_ended or len(data) < WHOLE.size:
+        if self._buffer or self._message or self.is_ended or self._headers.open_stream_id or len(data) < WHOLE.size:
             return None
         high, low, kind, flags, stream_id, compressed, length = WHOLE.unpack_from(data)
         size = high << 8 | low
@@ -210,15 +208,16 @@ class GrpcStream:
         return data[WHOLE.size :]
 
     def _take(self, kind: int, flags: int, stream_id: int, payload: bytes, messages: list[bytes]) -> None:
-        if kind != DATA or not payload:
+        if kind != DATA or len(payload) < MIN_DATA:
             self._count_idle_frame()
         is_ours = stream_id == self._stream_id
         if kind == DATA:
             self._make_room(len(payload), is_ours)
             if is_ours:
                 self._take_data(flags, payload, messages)
-        elif kind == HEADERS:
-            self._take_headers(flags, stream_id)
+        elif kind in (HEADERS, CONTINUATION):
+            if headers := self._headers.read(kind, flags, stream_id, payload):
+                self._take_headers(headers)
         elif kind == SETTINGS and not flags & ACK:
             self._take_settings(payload)
         elif kind == PING and not flags & ACK:
@@ -231,13 +230,13 @@ class GrpcStream:
             raise StreamEnded(f"the other side is going away (code {code}): {payload[8:108].decode(errors='replace')}")
 
     def _count_idle_frame(self) -> None:
-        """Count a frame that brings no part of a message; raise ProtocolBroken if there were too many in a row."""
+        """Count a frame that brings little or nothing; raise ProtocolBroken if there were too many in a row."""
         self._num_idle_frames += 1
         if self._num_idle_frames > MAX_IDLE_FRAMES:
             raise ProtocolBroken(ENHANCE_YOUR_CALM, f"{MAX_IDLE_FRAMES} frames came without a message between them")
 
-    def _take_headers(self, flags: int, stream_id: int) -> None:
-        self.is_ended = self.is_ended or (stream_id == self._stream_id and bool(flags & END_STREAM))
+    def _take_headers(self, headers: Headers) -> None:
+        raise NotImplementedError
 
     def _make_room(self, num_bytes: int, is_ours: bool) -> None:
         """Count received bytes, and widen the windows of the other side when they have become narrow.
@@ -337,23 +336,40 @@ class ClientStream(GrpcStream):
 
     def __init__(self, path: str, authority: str, max_message: int) -> None:
         super().__init__(max_message)
-        self._stream_id = 1
-        headers = POST + HTTP + _header(PATH, path) + _header(AUTHORITY, authority) + GRPC + _header("te", "trailers")
-        self.unsent += PREFACE + OPENING + _frame(HEADERS, END_HEADERS, 1, headers)
+        self._stream_id = self._newest_stream_id = 1
+        names = (":scheme", "http"), (":path", path), (":authority", authority), GRPC, ("te", "trailers")
+        self.unsent += PREFACE + OPENING + _frame(HEADERS, END_HEADERS, 1, encode_headers(POST, *names))
 
-    def _take_headers(self, flags: int, stream_id: int) -> None:
-        super()._take_headers(flags, stream_id)
-        if self.is_ended:  # headers that end the stream are the trailers
-            raise StreamEnded("the other side ended the stream")
+    def _take_headers(self, headers: Headers) -> None:
+        if headers.stream_id != self._stream_id:
+            raise ProtocolBroken(PROTOCOL_ERROR, f"headers came on stream {headers.stream_id}, which nobody has opened")
+        status = headers.fields.get(":status", "200")
+        if status != "200":
+            raise StreamEnded(f"the other side answered with HTTP status {status}")
+        if headers.ends_stream:  # headers that end the stream are the trailers
+            raise StreamEnded(f"the other side ended the stream{_status_text(headers.fields)}")
+
+
+def _status_text(trailers: dict[str, str]) -> str:
+    """Return the gRPC status of `trailers` in words, or an empty text if there is none."""
+    status = trailers.get("grpc-status", "")
+    if not status.isdecimal():
+        return ""
+    message = unquote(trailers.get("grpc-message", ""))[:200]
+    return f" with status {STATUS_NAMES.get(int(status), status)}" + (f": {message}" if message else "")
 
 
 class ServerStream(GrpcStream):
-    """A `ServerStream` is the server's end of a connection; it accepts one stream of any rpc and refuses others."""
+    """A `ServerStream` is the server's end of a connection; it serves one stream of the rpc `path` at a time.
 
-    def __init__(self, max_message: int) -> None:
+    A stream of another rpc is answered with UNIMPLEMENTED. While a stream is open, further streams are refused.
+    """
+
+    def __init__(self, path: str, max_message: int) -> None:
         super().__init__(max_message)
+        self._path = path
         self._preface = b""
-        self._has_told_end = False
+        self._is_ending = self._has_told_end = False
         self.unsent += _settings((MAX_CONCURRENT_STREAMS, 1)) + OPENING
 
     def receive(self, data: bytes) -> list[bytes]:
@@ -365,23 +381,58 @@ class ServerStream(GrpcStream):
         return super().receive(data)
 
     def end(self) -> None:
-        """Tell the client, once, that nothing more will come and that the rpc succeeded."""
-        if self._has_told_end:
-            return
-        self._has_told_end = True
-        trailers = _header("grpc-status", "0")
-        self.unsent += _frame(HEADERS, END_HEADERS | END_STREAM, self._stream_id, trailers)
-        self.unsent += _frame(GOAWAY, 0, 0, self._stream_id.to_bytes(4, "big") + bytes(4))
+        """Tell the client, once and after the last reply, that nothing more will come and that the rpc succeeded."""
+        self._is_ending = True
+        self._release()
 
-    def _take_headers(self, flags: int, stream_id: int) -> None:
+    def _release(self) -> None:
+        super()._release()
+        if self._is_ending and not self._held_back and not self._has_told_end:
+            self._has_told_end = True
+            trailers = encode_headers(("grpc-status", "0"))
+            self.unsent += _frame(HEADERS, END_HEADERS | END_STREAM, self._stream_id, trailers)
+            self.unsent += _frame(GOAWAY, 0, 0, self._stream_id.to_bytes(4, "big") + bytes(4))
+
+    def _take_headers(self, headers: Headers) -> None:
+        stream_id, fields, ends_stream = headers
         if not stream_id % 2:
             raise ProtocolBroken(PROTOCOL_ERROR, f"a client opened stream {stream_id}, but its streams have odd ids")
-        if self._stream_id == 0:
-            self._stream_id = stream_id
-            self.unsent += _frame(HEADERS, END_HEADERS, stream_id, STATUS_200 + GRPC)
-        elif stream_id != self._stream_id:
-            self.unsent += _frame(RST_STREAM, 0, stream_id, REFUSED_STREAM.to_bytes(4, "big"))
-        super()._take_headers(flags, stream_id)
+        if stream_id == self._stream_id:
+            self._take_trailers(ends_stream)
+        elif stream_id <= self._newest_stream_id:
+            raise ProtocolBroken(STREAM_CLOSED, f"headers came on stream {stream_id}, which has ended")
+        else:
+            self._newest_stream_id = stream_id
+            if self._stream_id or self._is_ending:
+                self.unsent += _frame(RST_STREAM, 0, stream_id, REFUSED_STREAM.to_bytes(4, "big"))
+            elif refusal := self._refusal(fields):
+                self.unsent += _frame(HEADERS, END_HEADERS | END_STREAM, stream_id, encode_headers(*refusal))
+                if not ends_stream:  # tells the client not to send the rest of its requests
+                    self.unsent += _frame(RST_STREAM, 0, stream_id, NO_ERROR.to_bytes(4, "big"))
+            else:
+                self._stream_id, self.is_ended = stream_id, ends_stream
+                self.unsent += _frame(HEADERS, END_HEADERS, stream_id, encode_headers(SUCCESS, GRPC))
+
+    def _take_trailers(self, ends_stream: bool) -> None:
+        if self.is_ended:
+            raise ProtocolBroken(STREAM_CLOSED, "headers came after the end of the stream")
+        if not ends_stream:
+            raise ProtocolBroken(PROTOCOL_ERROR, "headers came in the middle of the stream")
+        self.is_ended = True
+
+    def _refusal(self, fields: dict[str, str]) -> tuple[tuple[str, str], ...]:
+        """Return the headers that refuse a new stream with these headers, or an empty tuple."""
+        if fields.get(":method") != "POST" or not fields.get("content-type", "").startswith(GRPC[1]):
+            return ((":status", "415"),)
+        detail, path, encoding = "", fields.get(":path", ""), fields.get("grpc-encoding", "identity")
+        if path != self._path:
+            detail = f"The rpc {path[:200]} is not served here; {self._path} is."
+        elif encoding != "identity":
+            detail = f"The message encoding {encoding[:50]} is not supported; identity is."
+        if not detail:
+            return ()
+        message = ("grpc-message", quote(detail, safe=" /;,.-"))
+        return SUCCESS, GRPC, ("grpc-accept-encoding", "identity"), ("grpc-status", str(UNIMPLEMENTED)), message
 
 
 class GrpcSocket:

@@ -24,7 +24,7 @@ from services.expert.transport.http2 import PREFACE
 from tests.services.expert.shard_process import ShardProcess
 from tests.services.expert.test_client import PATIENT, ask_many, connect, everywhere, fill, placement_on
 from tests.services.expert.transport.test_compute_server import request_of_many_rows
-from tests.services.expert.transport.test_http2 import OPENED, frame
+from tests.services.expert.transport.test_http2 import BLOCK, OPENED, frame
 
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
 LENGTHS = (*range(10), 16, 100, 1790, 16_384, 16_385, 70_000)
@@ -50,17 +50,21 @@ BROKEN = {  # the shard must hang up on a client that sends any of these bytes
     "settings of a stream": OPENED + frame(SETTINGS, 1, b""),
     "a SETTINGS frame of 1 MB": OPENED + frame(SETTINGS, 0, bytes(6 * 170_000)),
     "a header block of 1 MB": PREFACE + frame(HEADERS, 1, b"\x82" * (1 << 20), flags=4),
-    "stream 2": PREFACE + frame(HEADERS, 2, b"", flags=4),
+    "stream 2": PREFACE + frame(HEADERS, 2, BLOCK, flags=4),
     "data after the end": OPENED + frame(PING, 0, bytes(8)) + frame(DATA, 1, b"\0\0", flags=1) + request_bytes(1),
     "many PINGs": OPENED + 100_000 * frame(PING, 0, bytes(8)),
     "many SETTINGS": OPENED + 100_000 * frame(SETTINGS, 0, b""),
-    "many streams": OPENED + 50_000 * (frame(HEADERS, 3, b"", flags=4) + frame(RST_STREAM, 3, bytes(4))),
+    "many streams": OPENED
+    + b"".join(
+        frame(HEADERS, stream_id, BLOCK, flags=4) + frame(RST_STREAM, stream_id, bytes(4))
+        for stream_id in range(3, 100_003, 2)
+    ),
     "many CONTINUATIONs": PREFACE + frame(HEADERS, 1, b"") + 100_000 * frame(CONTINUATION, 1, b"\x82" * 100),
     "many empty DATA frames": OPENED + 100_000 * frame(DATA, 1, b""),
+    "a message in tiny frames": OPENED + frame(DATA, 1, MESSAGE) + 100_000 * frame(DATA, 1, b"x"),
     "many widened windows": OPENED + SHUT_WINDOW + request_bytes(1) + 100_000 * frame(WINDOW_UPDATE, 1, b"\0\0\0\1"),
 }
 FAITHLESS = {  # what breaks no rule, or is never finished
-    "a message in tiny frames": OPENED + frame(DATA, 1, MESSAGE) + 100_000 * frame(DATA, 1, b"x"),
     "a frame that is cut off": OPENED + frame(DATA, 1, bytes(1000))[:500],
     "unknown frames": OPENED + b"".join(frame(kind, 1, bytes(kind)) for kind in range(10, 256)),
     "a request that is no request": OPENED + frame(DATA, 1, b"\0\0\0\0\4\xff\xff\xff\xff"),

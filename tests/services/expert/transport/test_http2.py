@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import grpc
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +21,11 @@ from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from services.expert.client import CallPolicy, RemoteExperts
 from services.expert.transport import http2
-from services.expert.transport.http2 import PREFACE, ClientStream, GrpcStream, ServerStream, StreamEnded
+from services.expert.transport.header_blocks import encode_headers
+from services.expert.transport.http2 import PREFACE, ClientStream, GrpcSocket, GrpcStream, ServerStream
+from services.expert.transport.http2_errors import StreamEnded
+from services.expert.transport.wire import COMPUTE_PATH
+from tests.services.expert.checkpoint import LATENT
 from tests.services.expert.requests import make_request
 from tests.services.expert.shard_process import ShardProcess
 from tests.services.expert.test_client import everywhere, fill, make_rows
@@ -47,7 +55,7 @@ def exchange(client: GrpcStream, server: GrpcStream, piece: int = 1 << 20) -> tu
 
 
 def pair() -> tuple[ClientStream, ServerStream]:
-    return ClientStream("/a.B/C", "host:1", MAX), ServerStream(MAX)
+    return ClientStream(COMPUTE_PATH, "host:1", MAX), ServerStream(COMPUTE_PATH, MAX)
 
 
 # Our client and our server against grpcio -----------------------------------------------------------------------------
@@ -78,6 +86,70 @@ def test_grpcios_server_answers_our_client(shard: Shard, family: ModelFamily) ->
     remote.close()
 
 
+@pytest.mark.parametrize("num_rows", [1600, 16_000])
+def test_grpcios_client_with_narrow_windows_gets_every_reply_before_the_end(shard: Shard, num_rows: int) -> None:
+    """The client ends its side first, so the server ends the stream while replies still wait for the windows."""
+    options = [("grpc.http2.lookahead_bytes", 65_535), ("grpc.http2.bdp_probe", 0)]
+    options += [("grpc.max_receive_message_length", -1)]
+    requests = [many_rows(n, num_rows) for n in range(1, 5)]
+    with grpc.insecure_channel(shard.compute_endpoint, options) as channel:
+        replies = list(expert_pb2_grpc.ExpertStub(channel).Compute(iter(requests)))  # type: ignore[no-untyped-call]
+    assert [(reply.id, len(reply.sums.data)) for reply in replies] == [(n, 8 * LATENT * num_rows) for n in range(1, 5)]
+
+
+def many_rows(request_id: int, num_rows: int) -> pb.ComputeRequest:
+    """Return a request whose sums need 8 bytes each, because its grid is fine."""
+    return make_request(
+        id=request_id,
+        num_rows=num_rows,
+        rows=np.ones((num_rows, LATENT), "<f4").tobytes(),
+        grid=np.full(num_rows, -40, "<i2").tobytes(),
+        pick_rows=np.arange(num_rows, dtype="<i4").tobytes(),
+        pick_experts=np.zeros(num_rows, "<i4").tobytes(),
+        pick_weights=np.ones(num_rows, "<f4").tobytes(),
+    )
+
+
+def test_another_rpc_is_not_implemented_and_the_connection_stays_usable(shard: Shard) -> None:
+    with grpc.insecure_channel(shard.compute_endpoint) as channel:
+        call = channel.stream_stream("/expertmesh.expert.v1.Expert/Status")
+        with pytest.raises(grpc.RpcError) as raised:
+            list(call(iter([b"x"])))
+        assert raised.value.code() == grpc.StatusCode.UNIMPLEMENTED
+        sentence = f"The rpc /expertmesh.expert.v1.Expert/Status is not served here; {COMPUTE_PATH} is."
+        assert raised.value.details() == sentence
+        replies = list(expert_pb2_grpc.ExpertStub(channel).Compute(iter([make_request(id=1)])))  # type: ignore[no-untyped-call]
+    assert [reply.id for reply in replies] == [1]
+
+
+def test_compressed_requests_are_not_implemented(shard: Shard) -> None:
+    with (
+        grpc.insecure_channel(shard.compute_endpoint, compression=grpc.Compression.Gzip) as channel,
+        pytest.raises(grpc.RpcError) as raised,
+    ):
+        list(expert_pb2_grpc.ExpertStub(channel).Compute(iter([make_request(id=1)])))  # type: ignore[no-untyped-call]
+    assert raised.value.code() == grpc.StatusCode.UNIMPLEMENTED
+    assert raised.value.details() == "The message encoding gzip is not supported; identity is."
+
+
+def receive_for_ever(client: GrpcSocket) -> NoReturn:
+    while True:
+        client.receive()
+
+
+def test_our_client_tells_the_status_of_grpcios_server() -> None:
+    """The server has no service, so it answers with UNIMPLEMENTED."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    client = GrpcSocket(socket.create_connection(("127.0.0.1", port)), ClientStream(COMPUTE_PATH, "localhost", MAX))
+    client.flush()
+    with pytest.raises(StreamEnded, match="ended the stream with status UNIMPLEMENTED: Method not found!"):
+        receive_for_ever(client)
+    client.close()
+    server.stop(None)
+
+
 # Our client and our server --------------------------------------------------------------------------------------------
 
 
@@ -97,24 +169,53 @@ def test_what_a_window_has_no_room_for_waits() -> None:
     client, _ = pair()
     client.send(bytes(100_000))
     assert client.num_unsent - len(client.unsent) == 100_000 + 5 - 65_535
-    server = ServerStream(MAX)  # the server's first frames enlarge the client's window
+    server = ServerStream(COMPUTE_PATH, MAX)  # the server's first frames enlarge the client's window
     assert exchange(client, server) == ([], [bytes(100_000)])
     assert client.num_unsent == 0
 
 
-def test_the_end_is_told() -> None:
+def test_the_end_is_told_after_the_last_reply() -> None:
     client, server = pair()
-    server.receive(bytes(client.unsent))
+    server.receive(bytes(client.unsent))  # the client's frames enlarge the windows of the server only up to here
+    server.receive(frame(4, 0, b"\0\4\0\0\0\0"))  # the window of the stream is narrower by what it was wider before
+    server.send(b"r" * 1000)
     server.end()
-    with pytest.raises(StreamEnded, match="the other side ended the stream"):
-        client.receive(bytes(server.unsent))
+    before = bytes(server.unsent)
+    assert client.receive(before) == []
+    server.unsent.clear()
+    server.receive(frame(8, 1, (2000).to_bytes(4, "big")))
+    data, end = bytes(server.unsent)[: 9 + 1005], bytes(server.unsent)[9 + 1005 :]
+    assert client.receive(data) == [b"r" * 1000]
+    with pytest.raises(StreamEnded, match="the other side ended the stream with status OK"):
+        client.receive(end)
+
+
+def test_our_client_tells_which_http_status_came() -> None:
+    client, _ = pair()
+    with pytest.raises(StreamEnded, match="the other side answered with HTTP status 503"):
+        client.receive(frame(1, 1, encode_headers((":status", "503")), flags=4))
+
+
+@pytest.mark.parametrize(("method", "content_type"), [("GET", "application/grpc"), ("POST", "text/html")])
+def test_what_is_no_grpc_request_is_an_unsupported_media_type(method: str, content_type: str) -> None:
+    server = ServerStream(COMPUTE_PATH, MAX)
+    server.unsent.clear()
+    fields = (":method", method), (":scheme", "http"), (":path", COMPUTE_PATH), ("content-type", content_type)
+    server.receive(PREFACE + frame(1, 1, encode_headers(*fields), flags=5))
+    assert server.unsent == frame(1, 1, encode_headers((":status", "415")), flags=5)
 
 
 def frame(kind: int, stream_id: int, payload: bytes, flags: int = 0) -> bytes:
     return struct.pack(">HBBBI", len(payload) >> 8, len(payload) & 255, kind, flags, stream_id) + payload
 
 
-OPENED = PREFACE + frame(1, 1, b"", flags=4)
+def header_block(path: str = COMPUTE_PATH, **more: str) -> bytes:
+    fields = {":method": "POST", ":scheme": "http", ":path": path, "content-type": "application/grpc"}
+    return encode_headers(*(fields | {name.replace("_", "-"): value for name, value in more.items()}).items())
+
+
+BLOCK = header_block()
+OPENED = PREFACE + frame(1, 1, BLOCK, flags=4)
 
 
 @pytest.mark.parametrize(
@@ -138,19 +239,34 @@ OPENED = PREFACE + frame(1, 1, b"", flags=4)
         (PREFACE + frame(4, 0, b"\0\5\0\0\x3f\xff"), "a maximum frame of 16383 bytes is outside of 16384 to 16777215"),
         (PREFACE + frame(4, 0, b"\0\4\x80\0\0\0"), "an initial window of 2147483648 bytes is over 2147483647"),
         (PREFACE + frame(8, 0, (2**31 - 1).to_bytes(4, "big")), "a window was widened to more than 2147483647 bytes"),
-        (PREFACE + frame(8, 5, bytes(4)), "a window of stream 5 was widened by 0 bytes"),
-        (PREFACE + frame(1, 2, b"", flags=4), "a client opened stream 2, but its streams have odd ids"),
+        (OPENED + frame(8, 1, bytes(4)), "a window of stream 1 was widened by 0 bytes"),
+        (PREFACE + frame(1, 2, BLOCK, flags=4), "a client opened stream 2, but its streams have odd ids"),
         (OPENED + frame(0, 1, b"", flags=1) + frame(0, 1, b"x"), "data came after the end of the stream"),
         (PREFACE + 10_001 * frame(99, 7, b""), "10000 frames came without a message between them"),
+        (OPENED + frame(0, 1, b"\0\0\1\0\0") + 10_001 * frame(0, 1, b"x"), "10000 frames came without a message"),
+        (PREFACE + frame(0, 1, b"x"), "a frame of type 0 came on stream 1, which nobody has opened"),
+        (OPENED + frame(8, 3, b"\0\0\0\1"), "a frame of type 8 came on stream 3, which nobody has opened"),
+        (OPENED + frame(9, 1, b""), "a frame of type 9 came where no CONTINUATION was expected"),
+        (
+            PREFACE + frame(1, 1, b"") + frame(6, 0, bytes(8)),
+            "type 6 came where a CONTINUATION of stream 1 was",
+        ),
+        (PREFACE + frame(1, 1, b"") + frame(9, 3, b""), "type 9 came where a CONTINUATION of stream 1 was"),
+        (PREFACE + frame(1, 1, b"") + 3 * frame(9, 1, bytes(16_384)), "a header block has more than 32768 bytes"),
+        (PREFACE + frame(1, 1, b"\xff\xff\xff\xff\xff", flags=4), "a header block cannot be decoded"),
+        (PREFACE + frame(1, 1, b"\7abc", flags=4 | 8), "a HEADERS frame of 4 bytes is shorter than its padding"),
+        (OPENED + frame(1, 1, BLOCK, flags=4), "headers came in the middle of the stream"),
+        (OPENED + 2 * frame(1, 1, BLOCK, flags=5), "headers came after the end of the stream"),
+        (OPENED + 2 * frame(1, 3, BLOCK, flags=4), "headers came on stream 3, which has ended"),
     ],
 )
 def test_what_may_not_be_is_told_in_a_sentence(data: bytes, sentence: str) -> None:
     with pytest.raises(StreamEnded, match=sentence):
-        ServerStream(MAX).receive(data)
+        ServerStream(COMPUTE_PATH, MAX).receive(data)
 
 
 def test_who_breaks_a_rule_is_told_the_rule_before_the_connection_is_closed() -> None:
-    server = ServerStream(MAX)
+    server = ServerStream(COMPUTE_PATH, MAX)
     server.unsent.clear()
     with pytest.raises(StreamEnded):
         server.receive(OPENED + frame(6, 0, b"123"))
@@ -159,7 +275,7 @@ def test_who_breaks_a_rule_is_told_the_rule_before_the_connection_is_closed() ->
 
 
 def test_the_widest_windows_and_longest_frames_that_are_allowed_are_used() -> None:
-    server = ServerStream(1 << 26)
+    server = ServerStream(COMPUTE_PATH, 1 << 26)
     server.receive(OPENED)
     message = bytes(20 << 20)
     server.send(message)
@@ -174,7 +290,7 @@ def test_the_widest_windows_and_longest_frames_that_are_allowed_are_used() -> No
 
 
 def test_the_end_of_a_stream_is_told_once() -> None:
-    server = ServerStream(MAX)
+    server = ServerStream(COMPUTE_PATH, MAX)
     server.receive(OPENED)
     server.end()
     told = bytes(server.unsent)
@@ -183,27 +299,27 @@ def test_the_end_of_a_stream_is_told_once() -> None:
 
 
 def test_pings_are_answered_and_padding_is_no_part_of_a_message() -> None:
-    server = ServerStream(MAX)
+    server = ServerStream(COMPUTE_PATH, MAX)
     server.unsent.clear()
     server.receive(PREFACE + frame(6, 0, b"12345678"))
     assert server.unsent == frame(6, 0, b"12345678", flags=1)
-    server.receive(frame(1, 1, b"", flags=4))
+    server.receive(frame(1, 1, BLOCK, flags=4))
     padded = b"\3" + b"\0\0\0\0\2hi" + bytes(3)
     assert server.receive(frame(0, 1, padded, flags=8)) == [b"hi"]
 
 
 def test_a_second_stream_of_a_connection_is_refused() -> None:
-    server = ServerStream(MAX)
-    server.receive(PREFACE + frame(1, 1, b"", flags=4))
+    server = ServerStream(COMPUTE_PATH, MAX)
+    server.receive(OPENED)
     server.unsent.clear()
-    server.receive(frame(1, 3, b"", flags=4))
+    server.receive(frame(1, 3, BLOCK, flags=4))
     assert server.unsent == frame(3, 3, (7).to_bytes(4, "big"))
 
 
 def test_frames_of_a_refused_stream_are_no_part_of_ours() -> None:
-    server = ServerStream(MAX)
+    server = ServerStream(COMPUTE_PATH, MAX)
     server.receive(OPENED + frame(0, 1, b"\0\0\0\0\4ab"))
-    server.receive(frame(1, 3, b"", flags=4 | 1))
+    server.receive(frame(1, 3, BLOCK, flags=4 | 1))
     server.receive(frame(0, 3, b"\0\0\0\0\1x", flags=1))
     server.receive(frame(8, 3, (2**31 - 1).to_bytes(4, "big")))
     server.receive(frame(3, 3, (8).to_bytes(4, "big")))
@@ -215,8 +331,8 @@ def test_frames_of_a_refused_stream_are_no_part_of_ours() -> None:
 
 def test_data_of_a_refused_stream_counts_for_the_connections_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http2, "RENEW_WINDOW_AT", 1000)
-    server = ServerStream(MAX)
-    server.receive(OPENED + frame(0, 1, b"\0\0\0\2\0" + bytes(395)) + frame(1, 3, b"", flags=4))
+    server = ServerStream(COMPUTE_PATH, MAX)
+    server.receive(OPENED + frame(0, 1, b"\0\0\0\2\0" + bytes(395)) + frame(1, 3, BLOCK, flags=4))
     server.unsent.clear()
     server.receive(frame(0, 3, bytes(600)))
     assert server.unsent == frame(8, 0, (1000).to_bytes(4, "big")) + frame(8, 1, (400).to_bytes(4, "big"))
