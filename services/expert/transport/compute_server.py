@@ -125,6 +125,8 @@ class _ComputeServerStream:
             for message in self._socket.receive():
                 self._num_in_flight += 1
                 self._accept(pb.ComputeRequest.FromString(message), len(message), self)
+            if self._socket.stream.failure is not None:
+                raise self._socket.stream.failure
             if self._socket.stream.is_ended and not self._num_in_flight:
                 self.reply(None)
         except (OSError, DecodeError) as error:

@@ -62,7 +62,8 @@ class HeaderReader:
         try:
             fields = {str(name): str(value) for name, value in self._decoder.decode(bytes(self._block))}
         except (HPACKError, UnicodeDecodeError) as error:
-            raise ProtocolBroken(COMPRESSION_ERROR, f"a header block cannot be decoded: {error!r}") from None
+            detail = f"a header block cannot be decoded ({type(error).__name__})"
+            raise ProtocolBroken(COMPRESSION_ERROR, detail) from None
         self._block.clear()
         self.open_stream_id = 0
         return Headers(stream_id, fields, self._ends_stream)

@@ -100,6 +100,7 @@ class GrpcStream:
         self.max_message = max_message
         self.unsent = bytearray()
         self.is_greeted = False  # the other side has sent its settings
+        self.failure: StreamEnded | None = None  # why no further messages can come
         self.is_ended = False  # the other side will send no more messages
         self._stream_id = 0  # the stream in use, or 0
         self._newest_stream_id = 0  # the newest stream that was opened on the connection
@@ -132,26 +133,34 @@ class GrpcStream:
             self._stream_window -= size
 
     def receive(self, data: bytes) -> list[bytes]:
-        """Return the messages that `data` completes; raise StreamEnded if no further valid messages can come.
+        """Return the messages that `data` completes; raise StreamEnded if there are none and none can come any more.
 
+        If messages come right before the end, they are returned, `failure` is set, and the next call raises the error.
         If the other side broke a rule, `unsent` then ends with a GOAWAY frame that says which rule.
         """
+        if self.failure is not None:
+            raise self.failure
         if (message := self._only_message(data)) is not None:
             return [message]
+        messages = list[bytes]()
         try:
-            return self._read_frames(data)
-        except ProtocolBroken as error:
-            last_stream = self._newest_stream_id.to_bytes(4, "big")
-            self.unsent += _frame(GOAWAY, 0, 0, last_stream + error.code.to_bytes(4, "big") + str(error).encode())
-            raise
+            self._read_frames(data, messages)
+        except StreamEnded as error:
+            if isinstance(error, ProtocolBroken):
+                last_stream, sentence = self._newest_stream_id.to_bytes(4, "big"), str(error).encode()
+                self.unsent += _frame(GOAWAY, 0, 0, last_stream + error.code.to_bytes(4, "big") + sentence)
+            self.failure = error
+            if not messages:
+                raise
+        return messages
 
-    def _read_frames(self, data: bytes) -> list[bytes]:
+    def _read_frames(self, data: bytes, messages: list[bytes]) -> None:
         if self._buffer:  # the buffer is copied once per frame, so bytes that trickle in stay cheap
             self._buffer += data
             if len(self._buffer) < self._buffer_needs:
-                return []
+                return
             data = bytes(self._buffer)
-        start, messages = 0, list[bytes]()
+        start = 0
         self._buffer_needs = HEADER.size
         while len(data) - start >= HEADER.size:
             high, low, kind, flags, stream_id = HEADER.unpack_from(data, start)
@@ -164,7 +173,6 @@ class GrpcStream:
             self._take(kind, flags, stream_id & MAX_WINDOW, data[start + HEADER.size : end], messages)
             start = end
         self._buffer = bytearray(data[start:])
-        return messages
 
     def _check_frame(self, kind: int, flags: int, stream_id: int, length: int) -> None:
         """Raise ProtocolBroken if a frame with this header may not be sent, whatever the frame's payload is."""
@@ -479,7 +487,10 @@ class GrpcSocket:
             pass
 
     def receive(self) -> list[bytes]:
-        """Return the messages that have come; raise StreamEnded or OSError if no further messages can come."""
+        """Return the messages that have come; raise StreamEnded or OSError if no further messages can come.
+
+        If messages are returned and no further messages can come, `stream.failure` is set.
+        """
         try:
             data = self.tcp_socket.recv(self.RECEIVE_BYTES)
         except BlockingIOError:

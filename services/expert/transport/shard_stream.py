@@ -162,6 +162,8 @@ class ShardStream:
             messages = connection.socket.receive() if events & ~WRITE else []
             for message in messages:
                 self._deliver(connection, pb.ComputeReply.FromString(message))
+            if connection.socket.stream.failure is not None:
+                raise connection.socket.stream.failure
             if events & WRITE:
                 connection.socket.flush()
             self._receiver.watch(connection)

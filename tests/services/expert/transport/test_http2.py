@@ -190,6 +190,17 @@ def test_the_end_is_told_after_the_last_reply() -> None:
         client.receive(end)
 
 
+def test_a_reply_right_before_the_end_arrives() -> None:
+    client, server = pair()
+    server.receive(bytes(client.unsent))
+    server.send(b"last")
+    server.end()
+    assert client.receive(bytes(server.unsent)) == [b"last"]
+    assert "status OK" in str(client.failure)
+    with pytest.raises(StreamEnded, match="status OK"):
+        client.receive(b"")
+
+
 def test_our_client_tells_which_http_status_came() -> None:
     client, _ = pair()
     with pytest.raises(StreamEnded, match="the other side answered with HTTP status 503"):
