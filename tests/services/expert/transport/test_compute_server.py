@@ -23,9 +23,10 @@ from tests.services.expert.checkpoint import LATENT
 from tests.services.expert.requests import make_request
 from tests.services.expert.shard_process import ShardProcess
 from tests.services.expert.test_client import everywhere, fill, num_requests
+from tests.services.expert.transport.test_http2 import OPENED
 
 SHORT_SETTINGS = PREFACE + b"\0\0\5\4\0" + bytes(4) + b"12345"
-EMPTY_PADDED = PREFACE + b"\0\0\0\1\4\0\0\0\1" + b"\0\0\0\0\10\0\0\0\1"
+EMPTY_PADDED = OPENED + b"\0\0\0\0\10\0\0\0\1"
 NUM_REQUESTS, NUM_ROWS = 120, 2000  # the replies to all requests have 60 MB in total
 
 
