@@ -175,6 +175,8 @@ def run_converter(root: Path, model: Path, out: Path) -> None:
     TextModel.get_vocab_base_pre = lambda self, tokenizer: PRE_TOKENIZER
     partial = out.with_suffix(".partial")
     sys.argv = ["convert_hf_to_gguf.py", str(model), "--outtype", "bf16", "--outfile", str(partial)]
+    if json.loads((model / "config.json").read_text())["model_type"] == "qwen3_next":
+        sys.argv.append("--no-mtp")  # otherwise the converter requires MTP layers of a model of this type
     converter.main()
     partial.rename(out)
 
