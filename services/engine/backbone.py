@@ -25,6 +25,7 @@ from services.engine.contract.errors import EngineFailed
 from services.engine.contract.sampling_params import SamplingParams
 from services.engine.fleet_connection import FleetConnection
 from services.engine.recorder import Recorder
+from services.process_memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class Backbone:
         self, config: BackboneConfig, family: ModelFamily, registry: RegistryStore | None, loads: LoadStore | None
     ) -> None:
         torch.set_num_threads(config.num_threads)
+        keep_freed_memory()
         self.config, self.family = config, family
         model_digest, shapes = family.checkpoint.digest, family.expert_shapes
         num_experts = {shape.layer: shape.num_experts for shape in shapes}

@@ -28,6 +28,7 @@ from services.expert.drain import DRAIN_POLL_S, MOVE_TIMEOUT_S, DrainState, Drai
 from services.expert.service import ExpertService
 from services.expert.transport.wire import WIRE_DTYPES
 from services.expert.weights.host import ExpertHost
+from services.process_memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class ExpertShard:
         self.incarnation = secrets.token_hex(8)
         self.endpoint = self.compute_endpoint = ""
         self.pool_size: PoolSize | None = None  # the size that the controller decided last for the pool
+        keep_freed_memory()
         self._has_left = False  # whether the shard has left the registry, because it cannot compute
         shapes, device = family.expert_shapes, torch.device(config.device)
         self.host = ExpertHost(shapes, config.dtype, device, config.memory_budget, config.host_budget)
