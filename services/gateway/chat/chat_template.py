@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import jinja2
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from services.gateway.chat.conversation import ChatMessage, Conversation, PastCall, PastCallForm
 from services.gateway.chat.dialects.dialect import Dialect, FindMarker
@@ -17,7 +19,7 @@ from services.gateway.chat.tools import Tool
 # A template is a program: messages or arguments that it does not expect may raise any of these errors.
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, LookupError, ArithmeticError, AttributeError)
 # forms of earlier calls, in the order in which they are tried
-FORMS = (PastCallForm(), PastCallForm(is_text=True))
+FORMS = [PastCallForm(is_text, is_null, is_apart) for is_apart, is_null, is_text in product((False, True), repeat=3)]
 # what the template is tried with
 QUESTION = ChatMessage("user", "a question")
 KEY, VALUE, CONTENT, RESULT = "a_key", "a value", "some content", "a result"
@@ -132,8 +134,17 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]],
         arguments: Mapping[str, Any],
     ) -> str:
-        shown, offered = [message.to_template(form) for message in messages], [dict(tool) for tool in tools] or None
-        return str(self._hf.apply_chat_template(shown, tools=offered, tokenize=False, **arguments))
+        shown = [part for message in messages for part in message.to_template(form)]
+        offered: Any = [dict(tool) for tool in tools] or None
+        # The tokenizer's own `apply_chat_template` would remove a content that is null, which some templates need.
+        rendered: Any = render_jinja_template(
+            conversations=[shown],
+            tools=offered,
+            chat_template=self._hf.get_chat_template(None, tools=offered),
+            **{**self._hf.special_tokens_map, **arguments},
+        )
+        [prompt], _ = rendered
+        return str(prompt)
 
     def _tried(
         self,
@@ -153,5 +164,11 @@ class ChatTemplate:
         return prompts[0] != prompts[1]
 
     def _shows_calls(self, form: PastCallForm) -> bool:
-        prompt = self._tried([QUESTION, TURN, RESULT_TURN], form)
-        return self.dialect.shows_call(prompt, CALL) and CONTENT in prompt and RESULT in prompt
+        """Return True if the template shows calls and their results in this form, with and without text beside them."""
+        prompts = {
+            text: self._tried([QUESTION, replace(TURN, content=text), RESULT_TURN], form) for text in (CONTENT, "")
+        }
+        return all(
+            self.dialect.shows_call(prompt, CALL) and text in prompt and RESULT in prompt
+            for text, prompt in prompts.items()
+        )

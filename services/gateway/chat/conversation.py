@@ -38,9 +38,15 @@ def json_size(*values: Any) -> int:
 
 @dataclass(frozen=True)
 class PastCallForm:
-    """A `PastCallForm` is the form in which a chat template needs the calls of earlier turns."""
+    """A `PastCallForm` is the form in which a chat template needs the calls of earlier turns.
+
+    The templates of the first DeepSeek-V3 and of R1 show the calls of a message only if its content is null. Others,
+    such as the template of Qwen3, search the content for `</think>` and fail if the content is null.
+    """
 
     is_text: bool = False  # True: the arguments are JSON text; False: the arguments are an object
+    is_null: bool = False  # True: the content of a message with calls and without text is null; False: it is ""
+    is_apart: bool = False  # True: the text beside calls needs a message of its own, before the message with the calls
 
 
 @dataclass(frozen=True)
@@ -76,13 +82,20 @@ class ChatMessage:
         texts += [text for call in self.tool_calls for text in (call.id, call.name, call.arguments)]
         return sum(map(len, texts)) + CHARS_PER_MESSAGE + CHARS_PER_CALL * len(self.tool_calls)
 
-    def to_template(self, form: PastCallForm) -> dict[str, Any]:
-        """Return the message in the form that Hugging Face chat templates expect, without empty optional fields."""
+    def to_template(self, form: PastCallForm) -> list[dict[str, Any]]:
+        """Return the message in the form that Hugging Face chat templates expect, without empty optional fields.
+
+        The list holds two messages if the template needs the text beside calls apart from the calls.
+        """
+        if form.is_apart and self.tool_calls and self.content:
+            text, calls = replace(self, tool_calls=()), replace(self, content=None, reasoning="")
+            return [*text.to_template(form), *calls.to_template(form)]
         fields: dict[str, Any] = {"role": self.role, "content": self.content or ""}
         if self.tool_calls:
+            fields["content"] = self.content or (None if form.is_null else "")
             fields["tool_calls"] = [call.to_template(form) for call in self.tool_calls]
         optional = {"name": self.name, "reasoning_content": self.reasoning, "tool_call_id": self.tool_call_id}
-        return fields | {name: value for name, value in optional.items() if value}
+        return [fields | {name: value for name, value in optional.items() if value}]
 
 
 def check_message(message: ChatMessage, param: str) -> ChatMessage:

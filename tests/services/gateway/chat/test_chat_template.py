@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,8 @@ def test_what_the_template_of_a_format_reads(tokenizers: dict[str, Tokenizer], n
     template, chat_format = tokenizers[name].template, FORMATS[name]
     assert template.tells_tools is chat_format.tells_tools
     assert template.switches == ((chat_format.switch,) if chat_format.switch else ())
-    assert template.past_calls == PastCallForm(is_text=name.startswith("deepseek"))
+    is_first = name == "deepseek-v3"
+    assert template.past_calls == PastCallForm(name.startswith("deepseek"), is_null=is_first, is_apart=is_first)
     [note] = template.notes
     assert note.startswith(f"Chat format: {template.dialect.title}")
     assert ("the gateway offers tools" in note) is not chat_format.tells_tools
@@ -63,8 +65,40 @@ def test_earlier_calls_and_their_results_are_shown(tokenizers: dict[str, Tokeniz
     prompt = tokenizers[name].render(Conversation((USER, CALLS, *RESULTS)))
     calls = FORMATS[name].write_calls([(call.name, call.arguments) for call in PAST_CALLS])
     _, _, after = prompt.partition("Look:")
-    assert after.lstrip("\n").startswith(calls)
+    # The template of the first DeepSeek-V3 shows text and calls only in separate messages.
+    end = FORMATS[name].eos if name == "deepseek-v3" else ""
+    assert after.lstrip("\n").removeprefix(end).startswith(calls)
     assert after.index("sunny") < after.index("noon")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_earlier_calls_need_no_text_beside_them(tokenizers: dict[str, Tokenizer], name: str) -> None:
+    """Check that a content of null and a content of "" are the same for all templates."""
+    calls = FORMATS[name].write_calls([(call.name, call.arguments) for call in PAST_CALLS])
+    prompts = [
+        tokenizers[name].render(Conversation((USER, replace(CALLS, content=content), *RESULTS)))
+        for content in (None, "")
+    ]
+    assert calls in prompts[0]
+    assert "None" not in prompts[0]
+    assert prompts[0] == prompts[1]
+
+
+def test_a_template_that_shows_calls_only_beside_null(rendered: Callable[[str], Tokenizer]) -> None:
+    """Check the conditions of DeepSeek's templates: V3 and R1 ask for a content of null, and V3-0324 for calls."""
+    call = (
+        "'<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>' + c.function.name + "
+        "'\\n```json\\n' + c.function.arguments + '\\n```<｜tool▁call▁end｜>'"
+    )
+    calls = f"{{% for c in m.tool_calls or [] %}}{{{{ {call} }}}}{{% endfor %}}"
+    first = f"{{% if m.content is none %}}{calls}{{% else %}}{{{{ m.content + '|' }}}}{{% endif %}}"
+    later = f"{{% if m.content is none %}}{calls}{{% else %}}{{{{ m.content + '|' }}}}{calls}{{% endif %}}"
+    for one, form in [(first, PastCallForm(True, is_null=True, is_apart=True)), (later, PastCallForm(True))]:
+        tokenizer = rendered(f"{{% for m in messages %}}{one}{{% endfor %}}")
+        assert tokenizer.template.past_calls == form
+        prompt = tokenizer.render(Conversation((USER, CALLS, *RESULTS)))
+        assert prompt.startswith("hi|Look:|<｜tool▁calls▁begin｜>")
+        assert prompt.endswith("<｜tool▁call▁end｜>sunny|noon|")
 
 
 @pytest.mark.parametrize(("name", "preamble"), PREAMBLES.items())

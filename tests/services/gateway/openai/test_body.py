@@ -214,7 +214,7 @@ def messages_of(*messages: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the messages in the form in which the chat template gets them."""
     conversation = parse(ChatBody, messages=list(messages)).request().prompt
     messages = conversation.messages  # type: ignore[union-attr]
-    return [message.to_template(PastCallForm()) for message in messages]
+    return [shown for message in messages for shown in message.to_template(PastCallForm())]
 
 
 def test_messages_of_the_official_sdk_come_back_unchanged() -> None:
