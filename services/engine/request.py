@@ -200,8 +200,9 @@ class RequestFactory:
         self._check_ids("sent_token_ids", sent_token_ids or ())
         self._check_ids("stop_token_ids", params.stop_token_ids)
         self._check_ids("logit_bias", params.logit_bias.ids)
-        for token_ids in params.thinking_budget.end_ids if params.thinking_budget else ():
-            self._check_ids("thinking_budget", token_ids)
+        if budget := params.thinking_budget:
+            for token_ids in (*budget.end_ids, *budget.start_ids, budget.blank_ids):
+                self._check_ids("thinking_budget", token_ids)
         # A request with a grammar always needs an end-of-sequence token, because no other token is allowed when the
         # grammar can only end.
         eos_ids = frozenset() if params.ignore_eos and params.grammar is None else self.eos_token_ids

@@ -40,6 +40,7 @@ class PreparedPrompt:
 
     token_ids: list[int]
     in_reasoning: bool  # True: the prompt ends inside the reasoning with which the answer begins
+    opens_reasoning: bool  # True: the answer may itself open its reasoning with `<think>`
     echo: str | None  # text of the prompt, if the client wants to see it again
 
 
@@ -79,6 +80,8 @@ class Preparation:
         self._dialect = tokenizer.dialect
         self._grammars = GrammarBuilder(self._dialect, budget, check_grammar)
         self._think_end_ids = tokenizer.marker_ids(self._dialect.think_end.text)
+        opens = self._dialect.opens_reasoning
+        self._think_start_ids = tokenizer.marker_ids(self._dialect.think_start.text) if opens else ()
 
     async def choices(self, request: GenerationRequest) -> list[ChoiceRequest]:
         """Return the `n` choices of each prompt, in the order of the prompts.
@@ -151,6 +154,7 @@ class Preparation:
             stops=stops,
             skip_special_tokens=request.skip_special_tokens,
             include_stop_str_in_output=request.include_stop_str_in_output,
+            opens_reasoning=prompt.opens_reasoning,
         )
         seeds = [derived_seed(params.seed, index) for index in range(request.n or 1)]
         return [replace(choice, params=params.varied(seed=seed)) for seed in seeds]
@@ -165,9 +169,14 @@ class Preparation:
             max_tokens = max(DEFAULT_MAX_TOKENS, params.min_tokens)
         if max_tokens is not None or self._defaults.max_new_tokens:
             room = max_tokens = min(room, max_tokens or room)
-        budget = request.thinking.budget(room) if prompt.in_reasoning else None
-        thinking = None if budget is None or budget >= room else ThinkingBudget(budget, self._think_end_ids)
+        budget = request.thinking.budget(room) if prompt.in_reasoning or prompt.opens_reasoning else None
+        thinking = None if budget is None or budget >= room else self._thinking_budget(budget, prompt)
         return params.varied(max_tokens=max_tokens, min_tokens=min(room, params.min_tokens), thinking_budget=thinking)
+
+    def _thinking_budget(self, max_tokens: int, prompt: PreparedPrompt) -> ThinkingBudget:
+        if not prompt.opens_reasoning:
+            return ThinkingBudget(max_tokens, self._think_end_ids)
+        return ThinkingBudget(max_tokens, self._think_end_ids, self._think_start_ids, self._tokenizer.blank_ids)
 
     def _prepared(
         self, prompts: Sequence[Prompt], request: GenerationRequest, params: SamplingParams
@@ -206,10 +215,12 @@ class Preparation:
         if isinstance(prompt, list) and (lowest := min(token_ids, default=0)) < 0:
             # The engine refuses ids that are too high, because the engine knows the model's vocabulary.
             raise ValueError(f"prompt must hold token ids of at least 0, not {lowest}.")
+        is_chat = isinstance(prompt, Conversation)
         in_reasoning = isinstance(prompt, Conversation) and self._dialect.ends_in_reasoning(prompt, str(text))
+        opens_reasoning = is_chat and self._dialect.opens_reasoning and not in_reasoning
         is_text = isinstance(text, str) and not is_cut
         echo = (str(text) if is_text else self._tokenizer.decode(token_ids)) if request.echo else None
-        return PreparedPrompt(token_ids, in_reasoning, echo)
+        return PreparedPrompt(token_ids, in_reasoning, opens_reasoning, echo)
 
     def _rendered(self, prompt: Prompt) -> str | list[int]:
         return self._tokenizer.render(prompt) if isinstance(prompt, Conversation) else prompt

@@ -88,6 +88,11 @@ class LogitBias:
 class ThinkingBudget:
     """A `ThinkingBudget` limits the reasoning with which an answer begins to `max_tokens` tokens.
 
+    If `start_ids` is empty, the prompt ends inside the reasoning. Otherwise the answer may open the reasoning with the
+    marker `<think>`, which `start_ids` describes, and only tokens of `blank_ids`, which are white space, may come
+    before the marker. An answer that begins with other tokens has no reasoning and no limit. In the next paragraph,
+    the answer begins after the marker.
+
     If the answer has `max_tokens` tokens and the marker that ends the reasoning (`</think>`) is not among them, the
     sampler writes the marker. If the last tokens already are the beginning of the marker, the sampler writes only the
     rest of the marker.
@@ -100,13 +105,16 @@ class ThinkingBudget:
 
     max_tokens: int
     end_ids: tuple[tuple[int, ...], ...]
+    start_ids: tuple[tuple[int, ...], ...] = ()  # in the same form as `end_ids`
+    blank_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _check(self.max_tokens >= 0, "thinking_budget", "at least 0", self.max_tokens)
-        _check(bool(self.end_ids) and all(self.end_ids), "thinking_budget", "given with the ids of a marker", ())
-        num_ids = sum(map(len, self.end_ids))
+        groups = (*self.end_ids, *self.start_ids)
+        _check(bool(self.end_ids) and all(groups), "thinking_budget", "given with the ids of a marker", ())
+        num_ids = sum(map(len, (*groups, self.blank_ids)))
         _check(num_ids <= MAX_MARKER_IDS, "thinking_budget", f"given with at most {MAX_MARKER_IDS} ids", num_ids)
-        lowest = min(map(min, self.end_ids))
+        lowest = min((*map(min, groups), *self.blank_ids))
         _check(lowest >= 0, "thinking_budget", "given with ids of at least 0", lowest)
 
 
@@ -124,7 +132,7 @@ class SamplingParams:
       logprob is reported.
     - `cache_salt`: requests share cached prefixes only if their salts are equal. So a client whose salt is secret does
       not let other clients find out, from the time to the first token, which prompts it has sent.
-    - `thinking_budget`: a limit on the reasoning of an answer that begins in reasoning; set by the gateway only.
+    - `thinking_budget`: a limit on the reasoning with which an answer begins; set by the gateway only.
     """
 
     max_tokens: int | None = None  # None: as many tokens as the model's context allows

@@ -52,8 +52,12 @@ def params_to_proto(params: SamplingParams) -> pb.SamplingParams:
             kind=params.grammar.kind, text=params.grammar.text, num_counted=params.grammar.num_counted
         )
     if (budget := params.thinking_budget) is not None:
-        end = [pb.ThinkingBudget.MarkerToken(ids=ids) for ids in budget.end_ids]
-        given["thinking_budget"] = pb.ThinkingBudget(max_tokens=budget.max_tokens, end=end)
+        end, start = (
+            [pb.ThinkingBudget.MarkerToken(ids=ids) for ids in marker] for marker in (budget.end_ids, budget.start_ids)
+        )
+        given["thinking_budget"] = pb.ThinkingBudget(
+            max_tokens=budget.max_tokens, end=end, start=start, blank_ids=budget.blank_ids
+        )
     return pb.SamplingParams(bias_ids=params.logit_bias.ids, bias=params.logit_bias.values, **given)
 
 
@@ -66,7 +70,8 @@ def params_from_proto(message: pb.SamplingParams) -> SamplingParams:
         )
     if message.HasField("thinking_budget"):
         budget = message.thinking_budget
-        values["thinking_budget"] = ThinkingBudget(budget.max_tokens, tuple(tuple(one.ids) for one in budget.end))
+        end, start = (tuple(tuple(one.ids) for one in marker) for marker in (budget.end, budget.start))
+        values["thinking_budget"] = ThinkingBudget(budget.max_tokens, end, start, tuple(budget.blank_ids))
     if message.bias_ids or message.bias:
         values["logit_bias"] = LogitBias(tuple(message.bias_ids), tuple(message.bias))
     return SamplingParams(**values)

@@ -39,8 +39,9 @@ class AnswerParser:
 
     - `dialect`: the format of the answer, with its markers.
     - `in_reasoning`: True if the answer begins with reasoning, which ends at `</think>`. If there are tools, a valid
-      call ends the reasoning, too, because some models write calls before they close their reasoning. In a dialect
-      with `opens_reasoning`, an answer also begins with reasoning if its first text is `<think>`, which is not shown.
+      call ends the reasoning, too, because some models write calls before they close their reasoning.
+    - `opens_reasoning`: True if the answer also begins with reasoning if its first text is `<think>`, which is not
+      shown.
     - `tools`: the tools that the model may call. If there are tools, the marker `dialect.calls_start` begins calls.
     - `is_forced`: True if a grammar makes every call valid. In that case the pieces of a call are shown at once. If
       False, a call is shown only when the call is complete, and all characters of a broken call become content, or
@@ -57,6 +58,7 @@ class AnswerParser:
         tools: Sequence[Tool] = (),
         is_forced: bool = False,
         max_calls: int | None = None,
+        opens_reasoning: bool = False,
     ) -> None:
         self._dialect = dialect
         self._tools, self._is_forced, self._max_calls = tools_by_name(tools), is_forced, max_calls
@@ -65,7 +67,7 @@ class AnswerParser:
         self._matcher = self._new_matcher()
         self._edges = _LineEndTrimmer()
         # the beginning of the answer while it may become `<think>`; None: the answer does not begin with `<think>`
-        self._beginning = "" if dialect.opens_reasoning and not in_reasoning else None
+        self._beginning = "" if opens_reasoning else None
         self._calls: CallParser | None = None
         self.num_calls = 0
         self._marker_tokens = MarkerTokens()

@@ -26,4 +26,5 @@ class ChoiceRequest:
     timeout: float | None = None
     stops: StopStrings = field(default_factory=lambda: StopStrings([]))  # the tables for `params.stop`
     skip_special_tokens: bool = True  # False: the text shows the names of special tokens
+    opens_reasoning: bool = False  # True: the answer may itself open its reasoning with `<think>`
     include_stop_str_in_output: bool = False  # True: the text ends with the stop string or stop token that ended it

@@ -31,8 +31,10 @@ class OutputProcessor:
         self._stops = StopMatcher(request.stops)
         tool_use, tools = request.tool_use, request.tool_use.callable_tools
         dialect = tokenizer.dialect
-        self._parser = AnswerParser(dialect, request.in_reasoning, tools, tool_use.is_forced, tool_use.max_calls)
-        opens = dialect.opens_reasoning and not request.in_reasoning
+        opens = request.opens_reasoning
+        self._parser = AnswerParser(
+            dialect, request.in_reasoning, tools, tool_use.is_forced, tool_use.max_calls, opens_reasoning=opens
+        )
         thinks = [dialect.think_start] * opens + [dialect.think_end] * (opens or request.in_reasoning)
         used = [*thinks, *(dialect.call_markers if tools else ())]
         self._markers = {marker.token_id: marker for marker in used if marker.token_id is not None}

@@ -82,6 +82,26 @@ def test_the_prompt_tells_of_tools_and_of_earlier_calls(asked: Asked) -> None:
         assert text in system
 
 
+@pytest.mark.parametrize("budget", [0, 5])
+def test_a_budget_limits_the_reasoning_that_an_answer_opens_itself(asked: Asked, budget: int) -> None:
+    chat_format, surfaces = asked
+    tokens = surfaces.http.post("/tokenize", json={"prompt": "<think>", "add_special_tokens": False}).json()["tokens"]
+    [think] = tokens
+    text = chat(logit_bias={str(think): 100}, thinking_token_budget=budget, max_tokens=20)
+    result = ask(surfaces, text)
+    [answer] = result.choices
+    if chat_format.template.stem in ("deepseek-v3", "qwen3-next"):
+        # After `<think>` come `budget` tokens of reasoning, `</think>`, and text up to the maximum length.
+        assert answer["reasoning"] == "<think>" * budget
+        assert answer["text"] == "<think>" * (20 - 1 - budget - 1)
+    else:
+        assert answer["reasoning"] == ""
+    completion = surfaces.http.post(
+        "/v1/completions", json={"prompt": "hi", "logit_bias": {str(think): 100}, "max_tokens": 3}
+    ).json()
+    assert completion["choices"][0]["text"] == "<think>" * 3, "a completion has no reasoning"
+
+
 def test_without_a_known_format_chats_are_answered_without_tools(tmp_path: Path) -> None:
     with serving(write_model(tmp_path, CALLLESS)) as surfaces:
         for name in ("chat", "thinking", "tools auto", "tools none", "chat schema"):

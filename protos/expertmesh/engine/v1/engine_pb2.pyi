@@ -79,7 +79,7 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., min_tokens: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., bias_ids: _Optional[_Iterable[int]] = ..., bias: _Optional[_Iterable[float]] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., priority: _Optional[int] = ..., thinking_budget: _Optional[_Union[ThinkingBudget, _Mapping]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class ThinkingBudget(_message.Message):
-    __slots__ = ("max_tokens", "end")
+    __slots__ = ("max_tokens", "end", "start", "blank_ids")
     class MarkerToken(_message.Message):
         __slots__ = ("ids",)
         IDS_FIELD_NUMBER: _ClassVar[int]
@@ -87,9 +87,13 @@ class ThinkingBudget(_message.Message):
         def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    BLANK_IDS_FIELD_NUMBER: _ClassVar[int]
     max_tokens: int
     end: _containers.RepeatedCompositeFieldContainer[ThinkingBudget.MarkerToken]
-    def __init__(self, max_tokens: _Optional[int] = ..., end: _Optional[_Iterable[_Union[ThinkingBudget.MarkerToken, _Mapping]]] = ...) -> None: ...
+    start: _containers.RepeatedCompositeFieldContainer[ThinkingBudget.MarkerToken]
+    blank_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, max_tokens: _Optional[int] = ..., end: _Optional[_Iterable[_Union[ThinkingBudget.MarkerToken, _Mapping]]] = ..., start: _Optional[_Iterable[_Union[ThinkingBudget.MarkerToken, _Mapping]]] = ..., blank_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Grammar(_message.Message):
     __slots__ = ("kind", "text", "num_counted")

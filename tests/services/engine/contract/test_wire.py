@@ -31,7 +31,7 @@ EVERYTHING: dict[str, Any] = {
     "grammar": Grammar(GrammarKind.REGEX, "a+", 7),
     "priority": -3,
     "cache_salt": "of one user",
-    "thinking_budget": ThinkingBudget(0, ((13, 14), (15,))),
+    "thinking_budget": ThinkingBudget(0, ((13, 14), (15,)), ((16,), (17, 18)), (19, 20)),
 }
 LOGPROB = TokenLogprob(7, -0.1, 2, ((8, -0.05), (7, -0.1)))
 

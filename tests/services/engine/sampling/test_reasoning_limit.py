@@ -66,6 +66,42 @@ def test_the_next_token_of_the_marker_is_forced_when_the_budget_is_used_up(
     assert limit.forced_id(asked, ()) == expected
 
 
+@pytest.mark.parametrize(
+    ("max_tokens", "tokens", "expected"),
+    [
+        (0, [], None),
+        (0, [20], 7),
+        (0, [5, 6, 20], 7),
+        (0, [5, 6], None),
+        (2, [20, 9], None),
+        (2, [20, 9, 9], 7),
+        (2, [5, 20, 9, 9, 9], 7),
+        (2, [20, 7, 9, 9, 9], None),
+        (2, [7, 20, 9, 9], None),  # the answer begins with another text, so it has no reasoning
+        (0, [9, 20], None),
+        (0, [5, 9, 20, 9], None),
+        (0, [20, 7, 20], None),
+    ],
+)
+@pytest.mark.parametrize("start", [((20,),), ((20, 21), (22,))])
+def test_a_budget_counts_from_the_marker_that_the_answer_writes(
+    max_tokens: int, tokens: list[int], expected: int | None, start: tuple[tuple[int, ...], ...]
+) -> None:
+    if len(start) > 1:
+        tokens = [token for one in tokens for token in ([21, 22] if one == 20 else [one])]
+    budget = ThinkingBudget(max_tokens, SPECIAL, start, blank_ids=(5, 6))
+    for num_ahead in range(len(tokens) + 1):
+        end = len(tokens) - num_ahead
+        assert forced(budget, tokens[:end], tokens[end:]) == expected
+    asked, limit = request([20, 22], []), ReasoningLimit(budget)
+    for n, token_id in enumerate(tokens):
+        limit.forced_id(asked, tokens[n:])
+        limit.forced_id(asked, [5, 20, 22, 9])
+        assert limit.forced_id(asked, ()) == forced(budget, tokens[:n])
+        asked.token_ids.append(token_id)
+    assert limit.forced_id(asked, ()) == expected
+
+
 def test_an_answer_that_another_engine_began_goes_on_as_it_would_have_there() -> None:
     resumed = Request("r", [5, 9, 9, 1], SamplingParams(), 0, max_len=99, num_sent=3)
     assert ReasoningLimit(ThinkingBudget(2, TEXT)).forced_id(resumed, ()) == 2

@@ -44,7 +44,8 @@ DEFINITIONS = {"Point": {"type": "object", "properties": {"x": {"type": "integer
 
 def answer(world: FormatWorld, tokens: list[int], use: ToolUse, in_reasoning: bool = False, size: int = 1) -> TextDelta:
     """Return the whole choice for an engine that generates `tokens`, `size` of them in each step."""
-    choice = ChoiceRequest([1], SamplingParams(), in_reasoning, use)
+    opens = world.tokenizer.dialect.opens_reasoning and not in_reasoning
+    choice = ChoiceRequest([1], SamplingParams(), in_reasoning, use, opens_reasoning=opens)
     processor, deltas = OutputProcessor(0, choice, world.tokenizer), list[TextDelta]()
     for n in range(0, len(tokens), size):
         some = tuple(tokens[n : n + size])
