@@ -82,6 +82,7 @@ class Preparation:
         self._think_end_ids = tokenizer.marker_ids(self._dialect.think_end.text)
         opens = self._dialect.opens_reasoning
         self._think_start_ids = tokenizer.marker_ids(self._dialect.think_start.text) if opens else ()
+        self._blank_ids = tokenizer.blank_ids() if opens else ()
 
     async def choices(self, request: GenerationRequest) -> list[ChoiceRequest]:
         """Return the `n` choices of each prompt, in the order of the prompts.
@@ -176,7 +177,7 @@ class Preparation:
     def _thinking_budget(self, max_tokens: int, prompt: PreparedPrompt) -> ThinkingBudget:
         if not prompt.opens_reasoning:
             return ThinkingBudget(max_tokens, self._think_end_ids)
-        return ThinkingBudget(max_tokens, self._think_end_ids, self._think_start_ids, self._tokenizer.blank_ids)
+        return ThinkingBudget(max_tokens, self._think_end_ids, self._think_start_ids, self._blank_ids)
 
     def _prepared(
         self, prompts: Sequence[Prompt], request: GenerationRequest, params: SamplingParams

@@ -68,6 +68,7 @@ class AnswerParser:
         self._edges = _LineEndTrimmer()
         # the beginning of the answer while it may become `<think>`; None: the answer does not begin with `<think>`
         self._beginning = "" if opens_reasoning else None
+        self._blank: list[str] = []  # the white space before this beginning
         self._calls: CallParser | None = None
         self.num_calls = 0
         self._marker_tokens = MarkerTokens()
@@ -107,7 +108,7 @@ class AnswerParser:
 
     def finish(self) -> AnswerParts:
         """End the answer, and return the pieces that the parser held back."""
-        self._show(self._beginning or "")
+        self._show("".join(self._blank) + (self._beginning or ""))
         if self._calls is not None:
             self._deltas += self._calls.take() if self._is_forced else []
             self._at = self._before_call
@@ -124,13 +125,14 @@ class AnswerParser:
         If the first text may still become `<think>`, it is held back.
         """
         marker, begun = self._dialect.think_start, text.lstrip()
+        self._blank.append(text[: len(text) - len(begun)])
         if begun != marker.text and marker.text.startswith(begun):
-            self._beginning = text
+            self._beginning = begun
             return ""
-        self._beginning = None
+        blank, self._blank, self._beginning = "".join(self._blank), [], None
         after = begun.removeprefix(marker.text)
         if after == begun or not self._marker_tokens.is_marker(marker, after):
-            return text
+            return blank + begun
         self._is_thinking, self._at = True, _Section.REASONING
         self._matcher, self._edges = self._new_matcher(), _LineEndTrimmer(is_inside=False)
         return after
@@ -210,7 +212,8 @@ class _LineEndTrimmer:
     """
 
     def __init__(self, is_inside: bool = True) -> None:
-        self.is_inside, self._held = is_inside, ""
+        self.is_inside = is_inside
+        self._held: list[str] = []
 
     def push(self, text: str) -> str:
         if not self.is_inside:
@@ -218,12 +221,12 @@ class _LineEndTrimmer:
             self.is_inside = bool(text)
         body = text.rstrip("\n")
         if not body:
-            self._held += text
+            self._held += [text] if text else []
             return ""
-        shown, self._held = self._held + body, text[len(body) :]
+        shown, self._held = "".join([*self._held, body]), [text[len(body) :]]
         return shown
 
     def rest(self) -> str:
         """Return the line ends that the trimmer held back."""
-        held, self._held = self._held, ""
+        held, self._held = "".join(self._held), []
         return held

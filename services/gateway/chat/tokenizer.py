@@ -50,9 +50,8 @@ class Tokenizer:
             return self._special[token_id].encode()
         return self.token_bytes[token_id] if token_id < self.vocab_size else b""
 
-    @cached_property
     def blank_ids(self) -> tuple[int, ...]:
-        """Return the ids of all tokens that are white space."""
+        """Return the ids of all tokens that are white space, in time linear in the size of the vocabulary."""
         texts = (data.decode("utf-8", "replace") for data in self.token_bytes)
         return tuple(token_id for token_id, text in enumerate(texts) if text.isspace())
 

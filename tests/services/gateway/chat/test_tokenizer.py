@@ -59,3 +59,9 @@ def test_the_ids_of_a_marker_are_those_of_all_tokens_in_which_it_may_be_written(
     assert texts("<|im_end|>") == [["<|im_end|>"]]
     assert texts("l>h") == [["l", "hel", "ll"], [">"], ["h", "he", "hel"]]
     assert texts("he") == [["he", "hel"]]
+
+
+def test_tokens_of_white_space(tokenizer: Tokenizer) -> None:
+    blank = tokenizer.blank_ids()
+    assert {tokenizer.decode([token_id]) for token_id in blank} >= {" ", "\n", "\t"}
+    assert all(tokenizer.decode([token_id]).isspace() for token_id in blank)

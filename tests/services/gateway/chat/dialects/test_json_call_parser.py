@@ -126,3 +126,16 @@ def test_a_forced_call_may_be_nested_deep() -> None:
         text = written(dialect, "log", arguments)
         assert parse(dialect, text, is_forced=True) == ("", [("log", arguments)])
         assert parse(dialect, text) == (text, [])
+
+
+@pytest.mark.parametrize("dialect", [FENCED, HERMES])
+def test_white_space_before_the_reasoning_is_read_once(dialect: JsonDialect) -> None:
+    for after, content, reasoning in [("<think>so", "", "so"), ("<thin", " " * 3000 + "<thin", "")]:
+        parser = AnswerParser(dialect, False, opens_reasoning=True)
+        parts = []
+        for char in " " * 3000 + after:
+            parts.append(parser.push(char))
+            assert len(parser._beginning or "") < len("<think>")
+        parts.append(parser.finish())
+        assert "".join(part.content for part in parts) == content
+        assert "".join(part.reasoning for part in parts) == reasoning
