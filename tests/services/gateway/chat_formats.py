@@ -90,10 +90,19 @@ FORMATS: Mapping[str, ChatFormat] = {
 
 
 def write_model(path: Path, chat_format: ChatFormat) -> Path:
-    """Write the demo model to `path`, with the tokens and the template of `chat_format`, and return `path`.
+    """Write the demo model to `path`, with the tokens and the template of `chat_format`, and return `path`."""
+    path.mkdir(parents=True, exist_ok=True)
+    write_format(path, chat_format)
+    for name in ("config.json", "model.safetensors"):
+        (path / name).symlink_to(DEMO / name)
+    return path
 
-    The tokens of the format take the ids of the demo model's special tokens. If the format has more tokens, the last
-    tokens of the vocabulary are left out, so that the number of tokens stays the same.
+
+def write_format(path: Path, chat_format: ChatFormat) -> None:
+    """Write a tokenizer, the template of `chat_format` and `generation_config.json` to the directory of a model.
+
+    The tokenizer is the demo's. The tokens of the format take the ids of the demo's special tokens. If the format has
+    more tokens, the last tokens of the vocabulary are left out, so that the number of tokens stays the same.
     """
     tokenizer = json.loads((DEMO / "tokenizer.json").read_text())
     vocab: dict[str, int] = tokenizer["model"]["vocab"]
@@ -112,11 +121,7 @@ def write_model(path: Path, chat_format: ChatFormat) -> Path:
     names = {"bos_token": chat_format.bos, "eos_token": chat_format.eos, "pad_token": chat_format.special[0]}
     config = json.loads((DEMO / "tokenizer_config.json").read_text()) | names
     generation = json.loads((DEMO / "generation_config.json").read_text()) | {"eos_token_id": chat_format.eos_id}
-    path.mkdir(parents=True, exist_ok=True)
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     (path / "generation_config.json").write_text(json.dumps(generation))
     (path / "chat_template.jinja").write_text(chat_format.template.read_text())
-    for name in ("config.json", "model.safetensors"):
-        (path / name).symlink_to(DEMO / name)
-    return path
