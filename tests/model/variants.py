@@ -20,9 +20,11 @@ QUANTIZED = (*checkpoints.QUANTIZED, *deepseek_checkpoints.QUANTIZED, *qwen_chec
 SERVED: tuple[tuple[str, torch.dtype], ...] = (  # with the dtype of the deployment
     *checkpoints.SERVED,
     ("deepseek", torch.bfloat16),
+    ("deepseek_moonlight", torch.float32),
     ("deepseek_odd", torch.float32),
     ("deepseek_fp8", torch.float32),
     ("qwen", torch.bfloat16),
+    ("qwen_sparse", torch.float32),
     ("qwen_odd", torch.float32),
     ("qwen_fp8", torch.float32),
 )
