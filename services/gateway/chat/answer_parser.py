@@ -16,6 +16,10 @@ from services.gateway.chat.stop_strings import StopMatcher
 from services.gateway.chat.tool_call_delta import ToolCallDelta
 from services.gateway.chat.tools import Tool, tools_by_name
 
+# The text of a broken call is parsed again. After this number of broken calls, no further call begins, because an
+# answer of thousands of broken calls would keep the event loop busy for seconds.
+MAX_BROKEN_CALLS = 64
+
 
 @dataclass(frozen=True)
 class AnswerParts:
@@ -71,6 +75,7 @@ class AnswerParser:
         self._blank: list[str] = []  # the white space before this beginning
         self._calls: CallParser | None = None
         self.num_calls = 0
+        self._num_broken = 0  # broken calls up to now
         self._marker_tokens = MarkerTokens()
         self._content: list[str] = []
         self._reasoning: list[str] = []
@@ -145,7 +150,8 @@ class AnswerParser:
         rest, found = self._matcher.flush(), self._matcher.stop
         is_think_end = found == self._dialect.think_end.text
         marker = self._dialect.think_end if is_think_end else self._dialect.calls_start
-        if not self._marker_tokens.is_marker(marker, rest):
+        is_too_late = not is_think_end and self._num_broken >= MAX_BROKEN_CALLS
+        if is_too_late or not self._marker_tokens.is_marker(marker, rest):
             self._show(found)
             self._matcher = self._new_matcher()
         elif is_think_end:
@@ -181,6 +187,7 @@ class AnswerParser:
         that the marker does not begin the same calls again.
         """
         self._at, self._calls, self._matcher = self._before_call, None, self._new_matcher()
+        self._num_broken += 1
         if calls.num_calls:
             return calls.raw
         start = self._dialect.calls_start.text

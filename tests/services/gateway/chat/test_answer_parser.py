@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from services.gateway.chat.answer_parser import AnswerParser, AnswerParts
+from services.gateway.chat.answer_parser import MAX_BROKEN_CALLS, AnswerParser, AnswerParts
 from services.gateway.chat.dialects.xml_dialect import XmlDialect
 from services.gateway.chat.markers import Marker
 from tests.services.gateway.weather import ANY, ARGUMENTS, CALL, CALL_NOW, NOW, WEATHER
@@ -151,6 +151,15 @@ def test_a_call_after_a_broken_one() -> None:
     )
     content, _, calls = parse_cut(f"{CALL_NOW}\ntail\n", in_reasoning=False, tools=TOOLS)
     assert (content, calls) == ("tail\n", [("now", "{}")])
+
+
+def test_after_many_broken_calls_no_further_call_begins() -> None:
+    begun = "<tool_call>\n<function=log>\n<parameter=a>\n"
+    few, many = (begun * num + "\n</parameter>\nno call\n" for num in (MAX_BROKEN_CALLS - 1, MAX_BROKEN_CALLS))
+    for broken, has_call in ((few, True), (many, False)):
+        content, _, calls = parse_cut(broken + CALL_NOW, in_reasoning=False, tools=TOOLS)
+        assert bool(calls) == has_call
+        assert content == broken.strip("\n") + ("" if has_call else f"\n{CALL_NOW}")
 
 
 def test_a_forced_call_that_is_cut_off_shows_what_there_is() -> None:
