@@ -23,6 +23,7 @@ class LayerSpec:
     - `expert_bytes` is the size of one expert as it is stored and sent between shards.
     - `device_bytes` and `host_bytes` are the memory that one expert takes on a shard with the device of the key: as a
       home, and as a standby in host memory. On other devices, an expert takes `expert_bytes`.
+    - `num_groups` and `top_groups` are as in an `ExpertShape`.
     """
 
     layer: int
@@ -31,18 +32,28 @@ class LayerSpec:
     top_k: int
     device_bytes: Mapping[str, int] = field(default_factory=dict, hash=False)
     host_bytes: Mapping[str, int] = field(default_factory=dict, hash=False)
+    num_groups: int = 1
+    top_groups: int = 1
 
     def __post_init__(self) -> None:
         assert self.layer >= 0
         assert min((self.expert_bytes, *self.device_bytes.values(), *self.host_bytes.values())) > 0
         assert 0 < self.top_k <= self.num_experts
+        assert self.num_experts % self.num_groups == 0
+        assert 1 <= self.top_groups <= self.num_groups
 
     @classmethod
     def of(cls, shape: ExpertShape, expert_bytes: int, memory: Mapping[str, ExpertMemory]) -> Self:
         """Return the spec of the layer of `shape`, whose experts take `memory` on the devices that are its keys."""
         device_bytes = {device: one.device for device, one in memory.items()}
         host_bytes = {device: one.host for device, one in memory.items()}
-        return cls(shape.layer, shape.num_experts, expert_bytes, shape.top_k, device_bytes, host_bytes)
+        groups = {"num_groups": shape.num_groups, "top_groups": shape.top_groups}
+        return cls(shape.layer, shape.num_experts, expert_bytes, shape.top_k, device_bytes, host_bytes, **groups)
+
+    @property
+    def group_size(self) -> int:
+        """Return the number of experts in each group of the router."""
+        return self.num_experts // self.num_groups
 
     def on_device(self, device: str) -> int:
         """Return the bytes of device memory that one expert takes on a shard with `device`, for example "cuda"."""

@@ -117,8 +117,10 @@ class DeepseekV3Config:
     @cached_property
     def expert_shapes(self) -> tuple[ExpertShape, ...]:
         sizes = (self.n_routed_experts, self.num_experts_per_tok, self.hidden_size, self.moe_intermediate_size)
-        layers = range(self.first_k_dense_replace, self.num_all_layers)
-        return tuple(ExpertShape(layer, *sizes, kind="swiglu") for layer in layers)
+        return tuple(
+            ExpertShape(layer, *sizes, kind="swiglu", num_groups=self.n_group, top_groups=self.topk_group)
+            for layer in range(self.first_k_dense_replace, self.num_all_layers)
+        )
 
     @cached_property
     def matrices(self) -> tuple[MatrixGroup, ...]:

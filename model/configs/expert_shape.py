@@ -33,7 +33,9 @@ class MatrixShape:
 class ExpertShape:
     """An `ExpertShape` holds the sizes of one MoE layer's routed experts.
 
-    `formats` has the weight format of each of an expert's `matrices`, in order; () stands for plain matrices.
+    - `formats` has the weight format of each of an expert's `matrices`, in order; () stands for plain matrices.
+    - The router divides the experts, in order, into `num_groups` groups of equal size. A token's experts all come from
+      at most `top_groups` of these groups. A router without groups has one group.
     """
 
     layer: int
@@ -43,8 +45,12 @@ class ExpertShape:
     width: int  # M
     kind: ExpertKind = "relu2"
     formats: tuple[WeightFormat, ...] = ()
+    num_groups: int = 1
+    top_groups: int = 1
 
     def __post_init__(self) -> None:
+        assert self.num_experts % self.num_groups == 0
+        assert 1 <= self.top_groups <= self.num_groups
         assert len(self.formats) in (0, len(MATRIX_NAMES[self.kind]))
 
     @cached_property

@@ -168,7 +168,11 @@ class NemotronHConfig:
     def expert_shapes(self) -> tuple[ExpertShape, ...]:
         input_dim = self.moe_latent_size or self.hidden_size
         sizes = (self.n_routed_experts, self.num_experts_per_tok, input_dim, self.moe_intermediate_size)
-        return tuple(ExpertShape(layer, *sizes) for layer, letter in enumerate(self.layers) if letter == "E")
+        return tuple(
+            ExpertShape(layer, *sizes, num_groups=self.n_group, top_groups=self.topk_group)
+            for layer, letter in enumerate(self.layers)
+            if letter == "E"
+        )
 
     @cached_property
     def matrices(self) -> tuple[MatrixGroup, ...]:

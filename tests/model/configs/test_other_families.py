@@ -79,6 +79,11 @@ def test_deepseeks_layers_are_dense_then_experts_then_the_mtp_module() -> None:
     assert moonlight.expert_shapes[-1].layer == 60
 
 
+def test_expert_shapes_tell_the_routers_groups() -> None:
+    assert {(shape.num_groups, shape.top_groups) for shape in deepseek().expert_shapes} == {(8, 4)}
+    assert {(shape.num_groups, shape.top_groups) for shape in qwen().expert_shapes} == {(1, 1)}
+
+
 def test_qwens_layers_follow_from_a_list_or_an_interval() -> None:
     config = qwen()
     types = ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 12
