@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from cluster.load import ExpectedLoad
-from cluster.placement import balance
+from cluster.placement import balance, expert_groups
 from cluster.placement.balance import Array, Floats
 from cluster.placement.expert_work import expert_work, pick_probabilities
 from cluster.placement.home_matrix import HomeMatrix, ShardNumbers
@@ -147,6 +147,7 @@ class PlannedLayer:
       those on draining shards.
     - `homes` and `standby_homes`: the running homes and standbys as shard ids, as listed in the placement.
     - `pick_E`: the probability that a row picks each expert.
+    - `has_groups`: True if the policy keeps groups together and a token's experts come from only some of the groups.
     """
 
     def __init__(
@@ -175,6 +176,7 @@ class PlannedLayer:
         has_draining = fleet.num_shards < len(fleet.ids)
         self.matrix = self.before.only_below(fleet.num_shards) if has_draining else self.before.copy()
         self.standby = self.standby_before.only_below(fleet.num_shards) if has_draining else self.standby_before.copy()
+        self.has_groups = policy.keep_groups and spec.top_groups < spec.num_groups
         self.pick_E, cautious_E = pick_probabilities(spec, load, policy.risk)
         self.work_EC: Floats = expert_work(spec, cautious_E, policy.rows_per_step)
         is_known = load is not None and policy.cold_below > 0
@@ -188,6 +190,16 @@ class PlannedLayer:
         self.level_at_rest: float | None = None
         # The last result of `busy_S`, after the homes and fallbacks for which it was computed.
         self._known_busy: tuple[HomeMatrix, Array, Floats] | None = None
+
+    @property
+    def routing(self) -> tuple[int, float, float]:
+        """Return the size of a group, the share of groups that a token uses, and a token's picks in a group it uses."""
+        spec = self.spec
+        return spec.group_size, spec.top_groups / spec.num_groups, spec.top_k / spec.top_groups
+
+    def shards_per_token(self, num_shards: int) -> float:
+        """Return the expected number of shards that compute the experts of a token (`expert_groups`)."""
+        return float(expert_groups.shards_per_token(self.matrix.homes_EH, self.matrix.num_E, self.routing, num_shards))
 
     @property
     def fallback_E(self) -> Array:

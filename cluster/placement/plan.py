@@ -39,6 +39,16 @@ class PlanPolicy:
     headroom: int | None = None
     max_homes: int = 64  # Maximum number of homes of one expert.
     is_device_cover: bool = True  # True if second homes use free device memory before host memory.
+    # True if the experts of a group should be on few shards, for models whose router picks a token's experts from a few
+    # groups (`cluster.placement.expert_groups`). In a first placement, the slowest shard of a layer may need as long as
+    # without groups, divided by `good_enough`. Later, moves for the sake of groups make no shard slower than the
+    # slowest shard was, or than the ideal level divided by `good_enough`.
+    keep_groups: bool = False
+    # Share of the time that backbones wait for experts that is proportional to the number of shards to which a token
+    # goes. This share is an assumption; it is less on a fast network and more on a slow network.
+    share_of_wire: float = 0.25
+    group_stay_s: float = 86400.0  # Seconds for which groups that are together count as saving time.
+    max_regrouped: float = 0.05  # Share of a running layer's experts that one plan may move to keep groups together.
 
     def __post_init__(self) -> None:
         assert self.rows_per_step > 0
@@ -48,6 +58,7 @@ class PlanPolicy:
         assert min(self.risk, self.stay_s, self.min_gain, self.cold_below, self.promotion_us_per_mib) >= 0
         assert self.headroom is None or self.headroom >= 0
         assert self.max_homes >= 1
+        assert min(self.share_of_wire, self.group_stay_s, self.max_regrouped) >= 0
 
 
 @dataclass(frozen=True)

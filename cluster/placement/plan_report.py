@@ -55,8 +55,44 @@ class RebalanceEstimate:
         return ""
 
 
+@dataclass(frozen=True)
+class GroupEstimate:
+    """A `GroupEstimate` says how many shards a token goes to before and after experts move for the sake of groups.
+
+    `before` and `after` are expected numbers, averaged over the layers with groups.
+    """
+
+    before: float
+    after: float
+    num_moved: int
+    policy: PlanPolicy
+
+    @property
+    def refusal(self) -> str:
+        """Return a sentence that says why the moves are refused; empty if the moves are made or there are no moves."""
+        saved = 1 - self.after / self.before
+        if not self.num_moved or saved >= self.policy.min_gain:
+            return ""
+        return (
+            f"Refused: {self.num_moved} moves for groups of experts would save {saved:.2%} of the shards per token, "
+            f"and less than {self.policy.min_gain:.2%} is not worth moving for."
+        )
+
+    @property
+    def summary(self) -> str:
+        """Return a sentence about the groups, for a plan's reasons."""
+        if self.num_moved:
+            moved = f"{self.num_moved} moves bring the experts of groups together"
+            return f"Groups: {moved}; a token goes to {self.after:.2f} shards instead of {self.before:.2f}."
+        return f"Groups: a token goes to {self.after:.2f} shards."
+
+
 def report(
-    planned: Sequence[PlannedLayer], fleet: FleetBudget, rebalance: RebalanceEstimate, policy: PlanPolicy
+    planned: Sequence[PlannedLayer],
+    fleet: FleetBudget,
+    rebalance: RebalanceEstimate,
+    groups: GroupEstimate | None,
+    policy: PlanPolicy,
 ) -> Plan:
     """Return the plan that leads from the running homes of all layers to the planned homes."""
     homes = {layer.spec.layer: _named(layer, fleet, layer.matrix, layer.before, layer.homes) for layer in planned}
@@ -83,7 +119,7 @@ def report(
         cover_after=min((int(cover_E.min()) for cover_E in cover_after), default=0),
         blast_radius_before=_blast_radius(planned, fleet, [(la.before, la.standby_before) for la in planned]),
         blast_radius_after=_blast_radius(planned, fleet, [(la.matrix, la.standby) for la in planned]),
-        reasons=_reasons(planned, fleet, rebalance, cover_before),
+        reasons=_reasons(planned, fleet, rebalance, groups, cover_before),
         is_worth_it=not rebalance.refusal,
     )
 
@@ -197,7 +233,11 @@ def _blast_radius(
 
 
 def _reasons(
-    planned: Sequence[PlannedLayer], fleet: FleetBudget, rebalance: RebalanceEstimate, cover_before: Sequence[Array]
+    planned: Sequence[PlannedLayer],
+    fleet: FleetBudget,
+    rebalance: RebalanceEstimate,
+    groups: GroupEstimate | None,
+    cover_before: Sequence[Array],
 ) -> tuple[str, ...]:
     """Return the sentences that explain a plan to an operator; `cover_before` holds each expert's cover by layer."""
     reasons = []
@@ -228,4 +268,6 @@ def _reasons(
         reasons.append(rebalance.refusal)
     elif rebalance.num_added:
         reasons.append(f"Time: {rebalance.summary} shorten a step by {rebalance.gain:.2%}.")
+    if groups:
+        reasons.append(groups.refusal or groups.summary)
     return tuple(reasons)

@@ -5,9 +5,10 @@ The planner's steps are, in this order:
 1. Every expert gets a home.
 2. Shards that hold no expert of a layer get copies of the layer's experts.
 3. The slowest shard of each layer is made faster, where the gain is worth the bytes that are moved.
-4. Experts without full cover get a second home or a standby.
+4. If `PlanPolicy.keep_groups` is True, the experts of groups are brought together, where the gain is worth the bytes.
+5. Experts without full cover get a second home or a standby.
 
-Steps 1, 2 and 4 are always done. Step 3 is refused as a whole if its moves gain too little.
+Steps 1, 2 and 5 are always done. Steps 3 and 4 are each refused as a whole if their moves gain too little.
 
 The planner is a pure function: the same fleet, load and placement give the same plan, and the order of the shards does
 not matter.
@@ -24,15 +25,17 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from cluster.load import ExpectedLoad
-from cluster.placement import balance, first_homes, local_search, second_homes
+from cluster.placement import balance, expert_groups, first_homes, local_search, second_homes
 from cluster.placement.balance import Array, Floats
 from cluster.placement.fleet_budget import FleetBudget, PlannedLayer
+from cluster.placement.home_matrix import HomeMatrix
 from cluster.placement.plan import Plan, PlanPolicy
-from cluster.placement.plan_report import RebalanceEstimate, report
+from cluster.placement.plan_report import GroupEstimate, RebalanceEstimate, report
 from cluster.topology import LayerSpec, Placement, Shard
 
 MAX_STEPS = 400  # Maximum number of steps of the local search for one layer in one plan.
 MANY_LAYERS = 16  # Minimum number of layers for which threads save more time than their start costs.
+MIN_SAVED = 2e-4  # Minimum number of shards per token that a move for the sake of groups saves.
 DEFAULT_POLICY = PlanPolicy()
 
 
@@ -63,9 +66,10 @@ def plan(
     for number, layer in enumerate(planned):
         _fill_empty_shards(number, layer, fleet, policy)
     rebalance = _rebalance(planned, fleet, policy)
+    groups = _gather_groups(planned, fleet, policy)
     for number, layer in enumerate(planned):
         _repair_cover(number, layer, fleet, policy)
-    return report(planned, fleet, rebalance, policy)
+    return report(planned, fleet, rebalance, groups, policy)
 
 
 def _assign_first_homes(number: int, layer: PlannedLayer, fleet: FleetBudget, policy: PlanPolicy) -> None:
@@ -83,10 +87,38 @@ def _assign_first_homes(number: int, layer: PlannedLayer, fleet: FleetBudget, po
         layer.work_EC, fleet.cost_SP, matrix.homes_EH, matrix.num_E, slots_S, fleet.node_S, target_E,
         fleet.cost_SP[:, 0].copy(),
     )  # fmt: skip
+    _improve_new(number, layer, matrix, fleet, level)
+    if layer.has_groups:
+        _assign_by_group(number, layer, fleet, target_E, level)
+
+
+def _improve_new(number: int, layer: PlannedLayer, matrix: HomeMatrix, fleet: FleetBudget, level: float) -> None:
+    """Make `matrix` the homes of a new layer, and make the slowest shard faster until its time is `level` (µs)."""
     layer.matrix = matrix.resized(min(fleet.num_shards, int(matrix.num_E.max()) + 4))
     fleet.update_usage(layer)
     _run_local_search(layer, fleet, fleet.slots_S(number, layer), level, level, 0.0)
     fleet.update_usage(layer)
+
+
+def _assign_by_group(number: int, layer: PlannedLayer, fleet: FleetBudget, target_E: Array, level: float) -> None:
+    """Assign the homes of a new layer again, group by group, but keep the present homes if the balance would suffer.
+
+    No shard may need longer than the slowest shard needs with the present homes, divided by `good_enough`.
+    """
+    plain = layer.matrix
+    max_level = float(layer.busy_S(fleet).max()) / fleet.policy.good_enough
+    layer.matrix = HomeMatrix.empty(len(target_E), int(target_E.max()))
+    fleet.update_usage(layer)
+    matrix = layer.matrix.copy()
+    expert_groups.assign(
+        layer.work_EC, fleet.cost_SP, matrix.homes_EH, matrix.num_E, fleet.slots_S(number, layer), fleet.node_S,
+        target_E, layer.spec.group_size,
+    )  # fmt: skip
+    _improve_new(number, layer, matrix, fleet, level)
+    if layer.busy_S(fleet).max() > max_level or (layer.matrix.num_E == 0).sum() > (plain.num_E == 0).sum():
+        layer.matrix = plain
+        fleet.update_usage(layer)
+    _gather(number, layer, fleet, max_level, MIN_SAVED, layer.spec.num_experts)
 
 
 def _run_local_search(
@@ -232,6 +264,51 @@ def _rebalance(planned: Sequence[PlannedLayer], fleet: FleetBudget, policy: Plan
     for layer in planned:
         fleet.update_usage(layer)
     return rebalance
+
+
+def _gather_groups(planned: Sequence[PlannedLayer], fleet: FleetBudget, policy: PlanPolicy) -> GroupEstimate | None:
+    """Bring the experts of groups together in each running layer, but undo all changes if the total gain is too small.
+
+    No shard becomes slower than the ideal level divided by `good_enough`, or than the slowest shard was.
+    """
+    grouped = [(number, layer) for number, layer in enumerate(planned) if layer.has_groups]
+    if not grouped:
+        return None
+    before_L = [layer.shards_per_token(fleet.num_shards) for _, layer in grouped]
+    matrices = [layer.matrix for _, layer in grouped]
+    saved_s = policy.share_of_time * policy.share_of_wire * policy.group_stay_s / sum(before_L)
+
+    def improve(place: int) -> int:
+        """Improve one layer and return how many homes were moved."""
+        number, layer = grouped[place]
+        if layer.is_new or saved_s == 0:
+            return 0
+        max_level = balance.ideal_level(layer.work_EC, fleet.cost_SP) / policy.good_enough
+        min_gain = max(MIN_SAVED, layer.spec.expert_bytes / policy.bytes_per_s / saved_s)
+        return _gather(number, layer, fleet, max_level, min_gain, int(policy.max_regrouped * layer.spec.num_experts))
+
+    num_moved = int(sum(_map_layers(improve, len(grouped))))
+    after = sum(layer.shards_per_token(fleet.num_shards) for _, layer in grouped)
+    estimate = GroupEstimate(sum(before_L) / len(grouped), after / len(grouped), num_moved, policy)
+    if estimate.refusal:
+        for (_, layer), matrix in zip(grouped, matrices, strict=True):
+            layer.matrix = matrix
+    for _, layer in grouped:
+        fleet.update_usage(layer)
+    return estimate
+
+
+def _gather(
+    number: int, layer: PlannedLayer, fleet: FleetBudget, max_level: float, min_gain: float, max_moves: int
+) -> int:
+    """Run `expert_groups.gather` on a copy of the homes of a layer; return how many homes were moved."""
+    layer.matrix = layer.matrix.copy()
+    num_moved: int = expert_groups.gather(
+        layer.work_EC, fleet.cost_SP, layer.matrix.homes_EH, layer.matrix.num_E, layer.standby.homes_EH,
+        layer.standby.num_E, fleet.slots_S(number, layer), layer.fallback_E, fleet.policy.promotion_us_per_mib,
+        fleet.node_S, layer.routing, max_level, min_gain, max_moves,
+    )  # fmt: skip
+    return num_moved
 
 
 def _map_layers(work: Callable[[int], float], num_layers: int) -> list[float]:

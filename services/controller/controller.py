@@ -62,7 +62,7 @@ def layer_specs(shapes: Sequence[ExpertShape], dtype: torch.dtype) -> list[Layer
 
 def without_hysteresis(policy: PlanPolicy) -> PlanPolicy:
     """Return a copy of `policy` that accepts any gain, however small, and ignores the cost of moves."""
-    return replace(policy, min_gain=0.0, good_enough=policy.aim, stay_s=1e9)
+    return replace(policy, min_gain=0.0, good_enough=policy.aim, stay_s=1e9, group_stay_s=1e9)
 
 
 class Controller:
