@@ -103,7 +103,8 @@ class ControllerDeployment:
         args = await run_at_low_priority(args.resolved)
         family = await run_at_low_priority(load_family, args.model)
         pools = {pool.name: pool.scaling for pool in args.pools if pool.is_elastic}
-        config = ControllerConfig(args.num_shards, family.checkpoint.digest, args.torch_dtype, pools=pools)
+        policy, digest = args.placement.policy, family.checkpoint.digest
+        config = ControllerConfig(args.num_shards, digest, args.torch_dtype, policy, pools=pools)
         self._controller = Controller(config, family.expert_shapes, args.registry(), args.loads())
         self._loop = asyncio.create_task(self._controller.run())
 

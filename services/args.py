@@ -17,6 +17,7 @@ from cluster.control.load_store import LoadStore
 from cluster.control.registry import Registry, connect, key_prefix
 from cluster.control.scaling import PoolPolicy
 from cluster.placement.capacity import check_capacity
+from cluster.placement.plan import PlanPolicy
 from cluster.topology import Shard
 from model import kernels
 from model.blocks.expert_bank import memory_of_all
@@ -160,6 +161,20 @@ class PoolArgs(BaseModel):
         )
 
 
+class PlacementArgs(BaseModel):
+    """`PlacementArgs` are the arguments of the planner: the entry `placement:` in a Serve config."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    keep_groups: bool = Field(
+        False, description="keep the experts of a router's group on few shards, so that a token goes to fewer shards"
+    )
+
+    @property
+    def policy(self) -> PlanPolicy:
+        return PlanPolicy(keep_groups=self.keep_groups)
+
+
 class AppArgs(BaseModel):
     """`AppArgs` are the arguments of the application: the value of `args:` in a Serve config."""
 
@@ -178,6 +193,7 @@ class AppArgs(BaseModel):
         description="password, if redis_url has none; set it in the environment rather than in a config",
     )
     pools: list[PoolArgs] = Field(default_factory=lambda: [PoolArgs()], min_length=1)
+    placement: PlacementArgs = PlacementArgs()
     max_model_len: int | None = Field(None, ge=MIN_MODEL_LEN)
     max_requests: int = Field(64, ge=1, description="maximum number of requests in one step, if the memory suffices")
     max_waiting: int = Field(

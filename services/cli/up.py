@@ -68,6 +68,12 @@ def up(
         str,
         typer.Option(help="Memory of one shard for experts. Default: enough for all experts if one shard dies."),
     ] = "",
+    keep_groups: Annotated[
+        bool,
+        typer.Option(
+            "--keep-groups", help="Keep the experts of a router's group on few shards, for models such as DeepSeek-V3."
+        ),
+    ] = False,
     device: Annotated[str, typer.Option(help="Device of the backbone and of every shard: cpu or cuda.")] = "cpu",
     max_requests: Annotated[
         int, typer.Option(min=1, help="Maximum number of requests computed at once, if the memory suffices.")
@@ -131,6 +137,7 @@ def up(
         "controller_replicas": controllers,
         "keep_alive_s": keep_alive_s,
         "allowed_origins": allowed_origins or [],
+        "placement": {"keep_groups": keep_groups},
         "pools": [
             {
                 "name": f"experts-{device}",

@@ -62,6 +62,13 @@ def test_a_model_too_short_for_a_request_is_refused(tmp_path: Path) -> None:
         AppArgs(model=str(path)).check()
 
 
+def test_the_planner_keeps_groups_together_only_if_asked() -> None:
+    assert not AppArgs().placement.policy.keep_groups
+    assert AppArgs.model_validate({"placement": {"keep_groups": True}}).placement.policy.keep_groups
+    with pytest.raises(ValueError, match="Extra inputs are not permitted"):
+        AppArgs.model_validate({"placement": {"keep_group": True}})
+
+
 def test_memory_is_planned_from_the_checkpoint() -> None:
     args = AppArgs(pools=[PoolArgs(shards=4)])
     family = args.check()
