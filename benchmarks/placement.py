@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -257,12 +258,93 @@ def routing(num_seeds: int) -> None:
                 print(f"{shape}: {even:.3f}  {own:.3f}  {best:.3f}  {own / best:.4f}")
 
 
+class GroupRouter:
+    """A `GroupRouter` draws picks as DeepSeek-V3's router makes them: 8 experts from the 4 best of 8 groups of 32.
+
+    A token and an expert are random directions in 16 dimensions. The expert's score is the sigmoid of three terms: what
+    the two have in common, noise, and the expert's offset. A group is as good as the sum of its two best scores.
+    `sigma` is the spread of the offsets; 0 gives an even load, and 0.43 gives loads whose logarithms have a spread of
+    about 1.1.
+    """
+
+    NUM_EXPERTS, NUM_GROUPS, TOP_GROUPS, TOP_K, DIM, COMMON = 256, 8, 4, 8, 16, 0.6
+
+    def __init__(self, rng: np.random.Generator, sigma: float) -> None:
+        self._rng, direction_DE = rng, rng.normal(size=(self.DIM, self.NUM_EXPERTS))
+        self._direction_DE = direction_DE / np.linalg.norm(direction_DE, axis=0)
+        self.offset_E = sigma * rng.normal(size=self.NUM_EXPERTS)
+
+    def draw(self, num_rows: int) -> NDArray[np.int64]:
+        """Return the experts of each row: (num_rows, TOP_K)."""
+        shape = num_rows, self.NUM_EXPERTS
+        common_NE = self._rng.normal(size=(num_rows, self.DIM)) @ self._direction_DE
+        noise_NE = self._rng.normal(size=shape)
+        logits_NE = np.sqrt(self.COMMON) * common_NE + np.sqrt(1 - self.COMMON) * noise_NE + self.offset_E
+        score_NGE = (1 / (1 + np.exp(-logits_NE))).reshape(num_rows, self.NUM_GROUPS, -1)
+        best_NG = np.argsort(-np.sort(score_NGE, axis=-1)[..., -2:].sum(-1), axis=1)[:, : self.TOP_GROUPS]
+        mask_NG = np.full((num_rows, self.NUM_GROUPS), -np.inf)
+        np.put_along_axis(mask_NG, best_NG, 0.0, axis=1)
+        allowed_NE = (score_NGE + mask_NG[..., None]).reshape(shape)
+        return np.argpartition(-allowed_NE, self.TOP_K, axis=1)[:, : self.TOP_K]
+
+    def load(self) -> dict[int, ExpectedLoad]:
+        rows_E = np.bincount(self.draw(20_000).reshape(-1), minlength=self.NUM_EXPERTS) + 1.0
+        return {0: ExpectedLoad.steady(rows_E)}
+
+
+def groups(num_seeds: int) -> None:
+    """Print what `PlanPolicy.keep_groups` saves and costs, in the first placement and after three rounds of drift.
+
+    "shards" is the mean number of shards to which a token goes, in batches of 256 rows. "slots" are device slots per
+    expert. "batch" is the balance of these batches. "moved" is the share of device slots that three plans change.
+    """
+    print(
+        "\nGroups of experts, without / with keep_groups: shards of a token; balance split, batch; after drift; moved"
+    )
+    keeping, router_of = replace(POLICY, keep_groups=True), GroupRouter
+    for sigma in (0.0, 0.43):
+        for num_shards, per_expert in ((4, 1.0), (7, 1.0), (8, 1.0), (16, 1.15), (19, 1.0), (19, 1.8)):
+            slots = int(-(-router_of.NUM_EXPERTS * per_expert // num_shards))
+            layer = LayerSpec(0, router_of.NUM_EXPERTS, SIZE, router_of.TOP_K, num_groups=8, top_groups=4)
+            shards, rows = make_fleet(num_shards, slots), []
+            for seed in range(num_seeds):
+                for policy in (POLICY, keeping):
+                    router = router_of(np.random.default_rng(seed), sigma)
+                    of = plan([layer], shards, None, router.load(), policy)
+                    row, moved = group_figures(of.homes[0], router, num_shards), 0
+                    for _ in range(3):
+                        router.offset_E += 0.04 * np.random.default_rng(seed).normal(size=len(router.offset_E))
+                        before, of = of, plan([layer], shards, running(of), router.load(), policy)
+                        moved += num_moved(before.homes[0], of.homes[0])
+                    rows.append([*row, *group_figures(of.homes[0], router, num_shards), moved / (num_shards * slots)])
+            off, on = np.array(rows).reshape(num_seeds, 2, -1).mean(axis=0)
+            pairs = zip((".2f", ".3f", ".3f", ".2f", ".3f", ".3f", ".1%"), off, on, strict=True)
+            words = [f"{without:{form}} / {with_groups:{form}}" for form, without, with_groups in pairs]
+            print(f"sigma {sigma}, {num_shards:2} shards, {per_expert:.2f} slots: " + "   ".join(words))
+
+
+def group_figures(homes: Homes, router: GroupRouter, num_shards: int) -> tuple[float, float, float]:
+    """Return the mean number of shards of a token, the balance of the expected rows, and the balance of batches."""
+    table, counts, batches = HomeTable(homes), [], []
+    for _ in range(16):
+        ids_NK = router.draw(256)
+        homes_NK = choose_homes(ids_NK.reshape(-1), table, {}, cost=ROWS_ONLY).reshape(ids_NK.shape)
+        counts += [len(set(row)) for row in homes_NK.tolist()]
+        batches.append(ids_NK.size / num_shards / np.bincount(homes_NK.reshape(-1), minlength=num_shards).max())
+    load_E = router.load()[0].mean_E
+    return float(np.mean(counts)), balance_of(homes, load_E, num_shards), float(np.mean(batches))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12, help="layers of the comparison, each with its own seed")
     parser.add_argument("--rounds", type=int, default=4, help="rounds of drift")
     parser.add_argument("--skip-large", action="store_true", help="skip 1,000 shards, which take a minute")
+    parser.add_argument("--only-groups", action="store_true", help="measure only what keeping groups together saves")
     arguments = parser.parse_args()
+    groups(3)
+    if arguments.only_groups:
+        return
     compare(arguments.layers, arguments.rounds)
     routing(6)
     speed(7)
