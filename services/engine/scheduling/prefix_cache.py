@@ -97,15 +97,15 @@ class PrefixCache:
 
     def _look_up(self, request: Request) -> CachedPrefix:
         checkpoint = self.checkpoints.longest(request, request.num_tokens - 1)
-        size, kept = self.config.block_size, self.checkpoints.kept
+        size, kept, hashes = self.config.block_size, self.checkpoints.kept, request.hash_pages(self.config.block_size)
+        num_full = checkpoint.length // size if checkpoint else 0
         if not self.config.has_slots:
-            hashes = request.hash_pages(size)[: (request.num_tokens - 1) // size]
-            num_kept = _num_leading(hashes, kept)
+            num_kept = self.checkpoints.num_kept(hashes[: (request.num_tokens - 1) // size])
             if num_kept * size > (checkpoint.length if checkpoint else 0):
                 return CachedPrefix(num_kept * size, tuple(kept[h].page for h in hashes[:num_kept]))
         if checkpoint is None:
             return CachedPrefix()
-        return CachedPrefix(checkpoint.length, tuple(kept[h].page for h in checkpoint.page_hashes), checkpoint)
+        return CachedPrefix(checkpoint.length, tuple(kept[h].page for h in hashes[:num_full]), checkpoint)
 
     def will_be_saved(self, request: Request, prefix: CachedPrefix, running: Iterable[Request]) -> bool:
         """Return True if a running request will soon save a prefix of `request` that is longer than `prefix`.

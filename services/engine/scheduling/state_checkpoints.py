@@ -7,14 +7,17 @@ request needs a slot or a page, the store evicts checkpoints. The checkpoint of 
 - the number of tokens that the checkpoint holds beyond its base, times its number of uses, divided by its bytes;
 - the highest value of any checkpoint that was evicted before this checkpoint was last used.
 
-The base of a checkpoint is the longest other checkpoint that holds a prefix of the checkpoint's tokens.
+The base of a checkpoint is the longest other checkpoint that holds a prefix of the checkpoint's tokens. A checkpoint
+records only the pages that its base does not have. So saving and evicting a checkpoint take time for these pages alone,
+although a checkpoint of a million tokens needs the pages of all checkpoints below it.
 """
 
 from __future__ import annotations
 
 import array
+from bisect import bisect_left
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from services.engine.request import HASH_OF_NOTHING, Request
@@ -27,13 +30,15 @@ MAX_REMEMBERED = 1 << 16  # hashes in a `RecentHashes`; hashes of 16 bytes take 
 class StateCheckpoint:
     """A `StateCheckpoint` is the saved state after `length` tokens: a slot, and the KV pages of these tokens.
 
-    - `page_hashes`: the hashes of the full pages, by which `CheckpointStore.kept` finds the pages.
+    - `last_hash`: the hash of the last full page.
+    - `page_hashes`: the hashes of the full pages after those of `base`; `CheckpointStore.kept` has the pages by hash.
     - `slot`: the slot of the recurrent state; None in families without recurrent state.
     - `tail_page`: the page of the tokens after the last full page; None without such tokens.
     """
 
     key: bytes  # the hash of all `length` tokens
     length: int
+    last_hash: bytes
     page_hashes: tuple[bytes, ...]
     slot: int | None
     tail_page: int | None
@@ -46,7 +51,7 @@ class StateCheckpoint:
 
 @dataclass
 class KeptPage:
-    """A `KeptPage` is a full KV page that at least one checkpoint keeps."""
+    """A `KeptPage` is a full KV page that is in the `page_hashes` of `num_checkpoints` checkpoints."""
 
     page: int
     token_ids: array.array[int]
@@ -119,7 +124,7 @@ class CheckpointStore:
     def longest(self, request: Request, limit: int) -> StateCheckpoint | None:
         """Return the longest checkpoint of at most `limit` tokens whose tokens are a prefix of the request, or None."""
         size, hashes = self.page_size, request.hash_pages(self.page_size)
-        for num_full in range(limit // size, 0, -1):
+        for num_full in range(self.num_kept(hashes[: limit // size]), 0, -1):
             parent = hashes[num_full - 1]
             for num_tail in sorted(self._tail_lens.get(parent, ()), reverse=True):
                 length = num_full * size + num_tail
@@ -129,12 +134,23 @@ class CheckpointStore:
                 return found
         return None
 
+    def num_kept(self, hashes: Sequence[bytes]) -> int:
+        """Return how many of a request's first pages are kept; `hashes` are the hashes of its pages in order.
+
+        The search is binary, because whoever keeps a page keeps all pages before it, too.
+        """
+        return bisect_left(hashes, True, key=lambda page_hash: page_hash not in self.kept)
+
     def keeper(self, page_hashes: Sequence[bytes]) -> StateCheckpoint | None:
-        """Return a checkpoint that keeps the pages with these hashes, or None if `page_hashes` is empty."""
+        """Return a checkpoint that keeps the last of the pages with these hashes, or None if `page_hashes` is empty."""
         if not page_hashes:
             return None
         i, last = len(page_hashes) - 1, page_hashes[-1]
-        return next((c for c in self._by_key.values() if c.page_hashes[i : i + 1] == (last,)), None)
+        for checkpoint in self._by_key.values():
+            place = i - self._num_full(checkpoint.base)
+            if place >= 0 and checkpoint.page_hashes[place : place + 1] == (last,):
+                return checkpoint
+        return None
 
     def note_use(self, checkpoint: StateCheckpoint) -> None:
         """Count one more request that starts from the checkpoint, which makes the checkpoint more valuable."""
@@ -178,43 +194,47 @@ class CheckpointStore:
 
     def _insert(self, request: Request, slot: int | None, base: StateCheckpoint | None) -> StateCheckpoint:
         length, size = request.num_computed_tokens, self.page_size
-        key, num_full = request.prefix_key(length, size), length // size
-        hashes = tuple(request.hash_pages(size)[:num_full])
-        for i, (page_hash, page) in enumerate(zip(hashes, request.block_table, strict=False)):
-            if page_hash not in self.kept:
+        key, num_full, num_shared = request.prefix_key(length, size), length // size, self._num_full(base)
+        hashes = request.hash_pages(size)
+        for i in range(num_shared, num_full):
+            if hashes[i] not in self.kept:
                 ids = array.array("i", request.token_ids[i * size : (i + 1) * size])
-                self.kept[page_hash] = KeptPage(page, ids)
-                self.pages.keep(page)
-            self.kept[page_hash].num_checkpoints += 1
-        tail_page = None
+                self.kept[hashes[i]] = KeptPage(request.block_table[i], ids)
+                self.pages.keep(request.block_table[i])
+            self.kept[hashes[i]].num_checkpoints += 1
+        tail_page, last_hash = None, hashes[num_full - 1]
         if length % size:
             tail_page = request.block_table[num_full]
             self.pages.keep(tail_page)
-            self._tail_lens.setdefault(hashes[-1], Counter())[length % size] += 1
-        tail_ids = tuple(request.token_ids[num_full * size : length])
-        new = StateCheckpoint(key, length, hashes, slot, tail_page, tail_ids, base, self._evicted_value)
+            self._tail_lens.setdefault(last_hash, Counter())[length % size] += 1
+        tail_ids, own = tuple(request.token_ids[num_full * size : length]), tuple(hashes[num_shared:num_full])
+        new = StateCheckpoint(key, length, last_hash, own, slot, tail_page, tail_ids, base, self._evicted_value)
         self.num_changes += 1
         self._put_between(base, new)
         self._by_key[key] = new
-        self.evicted.discard(hashes[-1])
+        self.evicted.discard(last_hash)
         return new
+
+    def _num_full(self, checkpoint: StateCheckpoint | None) -> int:
+        """Return the number of full pages that a checkpoint and the checkpoints below it have together."""
+        return checkpoint.length // self.page_size if checkpoint else 0
 
     def _put_between(self, base: StateCheckpoint | None, new: StateCheckpoint) -> None:
         """Make `new` the base of each checkpoint whose base is `base` and whose tokens begin with those of `new`."""
         for other in self._by_key.values():
             if other.base is base and self._continues(other, new):
-                other.base = new
+                other.base, other.page_hashes = new, other.page_hashes[len(new.page_hashes) :]
+                self._count(new.page_hashes, -1)
                 new.num_above += 1
         if base:
             base.num_above += 1 - new.num_above
 
     def _continues(self, longer: StateCheckpoint, shorter: StateCheckpoint) -> bool:
-        """Return True if the tokens of `longer` begin with all tokens of `shorter`."""
-        num_full = len(shorter.page_hashes)
-        last = slice(num_full - 1, num_full)
-        if longer.length <= shorter.length or longer.page_hashes[last] != shorter.page_hashes[last]:
+        """Return True if the tokens of `longer` begin with all tokens of `shorter`; both have the same base."""
+        num_own = len(shorter.page_hashes)
+        if longer.length <= shorter.length or longer.page_hashes[:num_own][-1:] != shorter.page_hashes[-1:]:
             return False
-        next_full = longer.page_hashes[num_full : num_full + 1]
+        next_full = longer.page_hashes[num_own : num_own + 1]
         next_ids = self.kept[next_full[0]].token_ids if next_full else longer.tail_ids
         return tuple(next_ids[: len(shorter.tail_ids)]) == shorter.tail_ids
 
@@ -231,30 +251,34 @@ class CheckpointStore:
         self.num_changes += 1
         for other in self._by_key.values():
             if other.base is checkpoint:
-                other.base = checkpoint.base
+                other.base, other.page_hashes = checkpoint.base, checkpoint.page_hashes + other.page_hashes
         if checkpoint.base:
             checkpoint.base.num_above += checkpoint.num_above - 1
         if is_valid:
             self._evicted_value = max(self._evicted_value, self._value(checkpoint))
             self.num_evictions += 1
-            self.evicted.add(checkpoint.page_hashes[-1])
+            self.evicted.add(checkpoint.last_hash)
         if checkpoint.slot is not None:
             self.slots.give_back([checkpoint.slot])
         self._drop_pages(checkpoint)
 
     def _drop_pages(self, checkpoint: StateCheckpoint) -> None:
-        for page_hash in checkpoint.page_hashes:
-            kept = self.kept[page_hash]
-            kept.num_checkpoints -= 1
-            if not kept.num_checkpoints:
-                del self.kept[page_hash]
-                self.pages.drop(kept.page)
+        self._count(checkpoint.page_hashes, checkpoint.num_above - 1)
         if checkpoint.tail_page is not None:
             self.pages.drop(checkpoint.tail_page)
-            parent = checkpoint.page_hashes[-1]
+            parent = checkpoint.last_hash
             self._tail_lens[parent] -= Counter([checkpoint.length % self.page_size])
             if not self._tail_lens[parent]:
                 del self._tail_lens[parent]
+
+    def _count(self, page_hashes: Iterable[bytes], change: int) -> None:
+        """Change the number of checkpoints that record these pages; drop each page that no checkpoint records."""
+        for page_hash in page_hashes if change else ():
+            kept = self.kept[page_hash]
+            kept.num_checkpoints += change
+            if not kept.num_checkpoints:
+                del self.kept[page_hash]
+                self.pages.drop(kept.page)
 
     def can_free_pages(self, count: int) -> bool:
         """Return True if `count` pages are free or can be freed by evicting checkpoints."""
@@ -281,7 +305,9 @@ class CheckpointStore:
     def _frees_last_page(self, checkpoint: StateCheckpoint) -> bool:
         if checkpoint.tail_page is not None and self.pages.is_freed_by_drop(checkpoint.tail_page):
             return True
-        kept = self.kept[checkpoint.page_hashes[-1]]
+        if checkpoint.num_above or not checkpoint.page_hashes:
+            return False  # a checkpoint above or below this checkpoint needs the last full page
+        kept = self.kept[checkpoint.last_hash]
         return kept.num_checkpoints == 1 and self.pages.is_freed_by_drop(kept.page)
 
     def _value(self, checkpoint: StateCheckpoint) -> float:
@@ -292,4 +318,6 @@ class CheckpointStore:
         return checkpoint.value_at_use + checkpoint.num_uses * saved / max(num_bytes, 1)
 
     def _value_of_new(self, length: int, base: StateCheckpoint | None) -> float:
-        return self._value(StateCheckpoint(HASH_OF_NOTHING, length, (), None, None, (), base, self._evicted_value))
+        return self._value(
+            StateCheckpoint(HASH_OF_NOTHING, length, HASH_OF_NOTHING, (), None, None, (), base, self._evicted_value)
+        )

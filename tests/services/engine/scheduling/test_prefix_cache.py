@@ -63,6 +63,13 @@ def assert_consistent(scheduler: Scheduler) -> None:
     assert pages.num_free + pages.num_taken + pages.num_idle == pages.size
     holders = Counter(h for c in cache.checkpoints._by_key.values() for h in c.page_hashes)
     assert {h: kept.num_checkpoints for h, kept in cache.checkpoints.kept.items()} == holders
+    for asked in (*scheduler.running, *scheduler.waiting):
+        hashes = asked.hash_pages(scheduler.config.block_size)
+        first_free = next(
+            (i for i, page_hash in enumerate(hashes) if page_hash not in cache.checkpoints.kept), len(hashes)
+        )
+        assert cache.checkpoints.num_kept(hashes) == first_free
+        assert not set(hashes[first_free:]) & set(cache.checkpoints.kept)
     held = [r.slot for r in scheduler.running] + [
         c.slot for c in cache.checkpoints._by_key.values() if c.slot is not None
     ]
@@ -70,6 +77,10 @@ def assert_consistent(scheduler: Scheduler) -> None:
     for checkpoint in cache.checkpoints._by_key.values():
         assert checkpoint.base is None or cache.checkpoints._by_key[checkpoint.base.key] is checkpoint.base
         assert checkpoint.num_above == sum(c.base is checkpoint for c in cache.checkpoints._by_key.values())
+        num_full = checkpoint.length // scheduler.config.block_size
+        num_below = checkpoint.base.length // scheduler.config.block_size if checkpoint.base else 0
+        assert len(checkpoint.page_hashes) == num_full - num_below
+        assert checkpoint.page_hashes[-1:] in ((checkpoint.last_hash,), ())
 
 
 # What is reused -------------------------------------------------------------------------------------------------------
@@ -179,6 +190,17 @@ def test_long_prompts_leave_checkpoints_every_so_often() -> None:
     prompt = text("long", 1000)
     ask(machine, "first", prompt)
     assert ask(machine, "fork", [*prompt[:800], *text("fork", 100)]).num_cached == 768
+
+
+def test_a_checkpoint_records_only_the_pages_that_the_one_before_lacks() -> None:
+    """So the work for a long prompt's many checkpoints grows with its length, not with the square of its length."""
+    machine = make()
+    long = ask(machine, "long", text("long", 7000))
+    checkpoints = list(machine.scheduler.memory.cache.checkpoints)
+    assert len(checkpoints) > 6
+    assert sum(len(checkpoint.page_hashes) for checkpoint in checkpoints) == (long.num_tokens - 1) // 16
+    ask(machine, "branch", [*long.token_ids[:3000], *text("branch", 2000)])
+    assert_consistent(machine.scheduler)
 
 
 def test_positions_are_rounded_down_to_where_a_scan_may_be_cut() -> None:
