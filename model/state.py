@@ -58,7 +58,7 @@ class Batch:
     lens: tuple[int, ...]
     context_lens: tuple[int, ...]
     slots: tuple[int, ...]
-    block_tables: tuple[tuple[int, ...], ...]
+    block_tables: tuple[Sequence[int], ...]
     block_size: int = BLOCK_SIZE
     num_drafts: tuple[int, ...] = ()  # number of drafts at the end of each request's tokens; () for no drafts
     first_keys: tuple[int, ...] = ()  # first position that attention sees, by request; () for position 0 everywhere
@@ -183,7 +183,7 @@ class Batch:
         kv_indices = []
         for table, context_len, length in zip(self.block_tables, self.context_lens, self.lens, strict=True):
             assert context_len + length <= len(table) * self.block_size, "block table shorter than the request"
-            blocks = torch.tensor(table, device=offsets.device)
+            blocks = torch.from_numpy(np.array(table, np.int64)).to(offsets.device)
             kv_indices.append((blocks[:, None] * self.block_size + offsets).flatten()[: context_len + length])
         return tuple(kv_indices)
 

@@ -143,7 +143,7 @@ class Runner:
             lens=batch.lens,
             context_lens=tuple(request.num_computed_tokens for request in batch.requests),
             slots=tuple(request.slot_id for request in batch.requests),
-            block_tables=tuple(tuple(request.block_table) for request in batch.requests),
+            block_tables=tuple(request.block_table for request in batch.requests),
             num_drafts=batch.num_drafts,
         )
 

@@ -151,6 +151,6 @@ class Drafter:
             lens=tuple(lens),
             context_lens=tuple(positions),
             slots=tuple(request.slot_id for request in requests),
-            block_tables=tuple(tuple(request.block_table) for request in requests),
+            block_tables=tuple(request.block_table for request in requests),
             first_keys=tuple(self._read[request.id][0] for request in requests),
         )

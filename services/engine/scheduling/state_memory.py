@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import array
 from collections.abc import Iterable
 
-from services.engine.request import Request
+from services.engine.request import PAGE_NUMBERS, Request
 from services.engine.scheduling.memory import IdPool, PagePool
 from services.engine.scheduling.prefix_cache import CacheConfig, CachedPrefix, PrefixCache
 from services.engine.scheduling.scheduled_batch import BatchBuilder
@@ -42,14 +43,14 @@ class StateMemory:
         num_missing = max(0, self.num_pages_for(num_tokens) - len(request.block_table))
         if can_take := self.cache.checkpoints.can_free_pages(num_missing):
             self.cache.checkpoints.free_pages(num_missing)
-            request.block_table += self.pages.take(num_missing)
+            request.block_table.extend(self.pages.take(num_missing))
         return can_take
 
     def admit(self, request: Request, prefix: CachedPrefix, batch: BatchBuilder) -> None:
         """Assign a slot and pages to a request that starts after `prefix`; add the necessary copies to `batch`."""
         checkpoint = prefix.checkpoint
         self.pages.share(prefix.pages)
-        request.block_table = list(prefix.pages)
+        request.block_table = array.array(PAGE_NUMBERS, prefix.pages)
         self.cache.note_start(request, prefix)
         self.cache.checkpoints.free_slot(spare=checkpoint)
         [request.slot] = self.slots.take(1)
@@ -83,4 +84,4 @@ class StateMemory:
         else:
             self.slots.give_back([request.slot_id])
             self.pages.give_back(request.block_table)
-        request.slot, request.block_table = None, []
+        request.slot, request.block_table = None, array.array(PAGE_NUMBERS)

@@ -117,7 +117,7 @@ def test_the_youngest_is_preempted_and_keeps_its_tokens() -> None:
         if scheduler.num_preemptions == 0:
             commit(scheduler, batch)
     assert lens(batch) == {"old": 1}
-    assert (young.slot, young.num_computed_tokens, young.block_table) == (None, 0, [])
+    assert (young.slot, young.num_computed_tokens, list(young.block_table)) == (None, 0, [])
     generated = young.num_generated
     assert generated > 0
     commit(scheduler, batch)
