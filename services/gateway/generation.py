@@ -75,7 +75,7 @@ class Generation:
         limits: GatewayLimits | None = None,
         defaults: SamplingDefaults | None = None,
     ) -> None:
-        self.limits = limits or GatewayLimits()
+        self.limits = (limits or GatewayLimits()).for_context(card.max_model_len)
         self.threads = threads or BoundedThreadPool()
         self._source, self.tokenizer, self.card = source, tokenizer, card
         self._preparation = Preparation(

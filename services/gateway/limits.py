@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MIN_BODY_BYTES = 4 << 20  # smallest default of `body_bytes`
 BODY_BYTES_PER_TOKEN = 8  # default of `body_bytes` for models with a long context
+OTHER_ITEMS = 1 << 16  # items that a body may have beside a prompt of the whole context, by default
 MIN_TOKENIZE_TOKENS = 65_536  # smallest default of `tokenize_tokens`
 
 
@@ -28,7 +29,11 @@ class GatewayLimits(BaseModel):
     )
     json_depth: int = Field(128, ge=8, le=190, description="levels to which the JSON of a body may be nested")
     json_values: int = Field(65_536, ge=256, description="objects, lists and strings in the JSON of a body")
-    json_items: int = Field(1 << 20, ge=256, description="items of all lists and objects in the JSON of a body")
+    json_items: int = Field(
+        1 << 20,
+        ge=256,
+        description="items of all lists and objects in the JSON of a body; default: 2**20, or more for long contexts",
+    )
     logit_bias: int = Field(1024, ge=0, le=1 << 17, description="entries of logit_bias")
     stop_strings: int = Field(4, ge=0, le=64, description="stop strings")
     stop_bytes: int = Field(1024, ge=1, le=1 << 16, description="bytes of one stop string")
@@ -73,6 +78,12 @@ class GatewayLimits(BaseModel):
                 raise ValueError(f"the limit {name} must be {expected}, not {value!r:.100}") from None
             given[name] = value
         return cls.model_validate(given)
+
+    def for_context(self, max_model_len: int) -> GatewayLimits:
+        """Return a copy whose default of `json_items` allows a prompt of `max_model_len` token ids and other fields."""
+        if "json_items" in self.model_fields_set:
+            return self
+        return self.model_copy(update={"json_items": max(self.json_items, max_model_len + OTHER_ITEMS)})
 
     def max_body_bytes(self, max_model_len: int) -> int:
         """Return the maximum size of a body in bytes, for a model whose context is `max_model_len` tokens."""

@@ -37,6 +37,12 @@ def test_a_body_may_hold_the_whole_context() -> None:
     assert GatewayLimits(body_bytes=5000).max_body_bytes(1 << 20) == 5000
 
 
+def test_a_body_may_hold_a_token_id_for_each_token_of_the_context_and_other_fields() -> None:
+    assert GatewayLimits().for_context(1000).json_items == 1 << 20
+    assert GatewayLimits().for_context(1 << 20).json_items > (1 << 20) + 1000
+    assert GatewayLimits(json_items=5000).for_context(1 << 20).json_items == 5000
+
+
 def test_the_whole_context_may_be_tokenized() -> None:
     assert GatewayLimits().max_tokenize_tokens(1000) == MIN_TOKENIZE_TOKENS
     assert GatewayLimits().max_tokenize_tokens(1 << 20) == 1 << 20
