@@ -69,8 +69,8 @@ class Longest:
 
 
 @dataclass(frozen=True)
-class _Served:
-    """A `_Served` is a process that serves requests, with the text that the process sent when it was ready."""
+class Served:
+    """A `Served` is a process that serves requests, with the text that the process sent when it was ready."""
 
     pid: int
     text: str
@@ -88,12 +88,12 @@ def gateway_pair(args: AppArgs) -> Iterator[GatewayPair]:
     http_port, grpc_port = free_port(), free_port()
     args = args.model_copy(update={"experts": "local", "http_port": http_port, "grpc_port": grpc_port})
     url, grpc_address = f"http://127.0.0.1:{http_port}", f"127.0.0.1:{grpc_port}"
-    with _process(run_backbone, args) as backbone, _process(run_gateway, args, backbone.text) as gateway:
+    with served(run_backbone, args) as backbone, served(run_gateway, args, backbone.text) as gateway:
         yield GatewayPair(url, grpc_address, gateway.pid, backbone.pid, gateway.ask, backbone.ask)
 
 
 @contextmanager
-def _process(work: Callable[..., None], *args: Any) -> Iterator[_Served]:
+def served(work: Callable[..., None], *args: Any) -> Iterator[Served]:
     """Run `work` in a new process during the block. `work` sends a text as soon as it serves requests."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -104,7 +104,7 @@ def _process(work: Callable[..., None], *args: Any) -> Iterator[_Served]:
         if not ours.poll(START_TIMEOUT_S):
             raise RuntimeError(f"{work.__name__} did not serve requests within {START_TIMEOUT_S} s")
         assert process.pid is not None
-        yield _Served(process.pid, ours.recv(), ours)
+        yield Served(process.pid, ours.recv(), ours)
     finally:
         ours.close()  # asks the process to end
         process.join(STOP_TIMEOUT_S)
