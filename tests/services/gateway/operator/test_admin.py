@@ -253,7 +253,8 @@ def test_placement_and_decisions_are_told(http: httpx.Client) -> None:
     shown = http.get("/admin/placement").raise_for_status().json()
     assert shown["placement"]["homes"]["0"] == [["a", "b"], ["b"], ["a", "b"]]
     memory: dict[str, dict[str, int]] = {"device_bytes": {}, "host_bytes": {}}
-    assert shown["layers"][1] == {"layer": 4, "num_experts": 2, "expert_bytes": 1 << 20, "top_k": 1, **memory}
+    groups = {"num_groups": 1, "top_groups": 1}
+    assert shown["layers"][1] == {"layer": 4, "num_experts": 2, "expert_bytes": 1 << 20, "top_k": 1, **memory, **groups}
     assert [shard["id"] for shard in shown["shards"]] == ["a", "b", "c"]
     assert http.get("/admin/decisions?count=1").json() == {"decisions": [{"kind": "plan", "why": "A test."}]}
 
