@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from abc import ABC, abstractmethod
 from collections import deque
 from urllib.parse import quote, unquote
 
@@ -61,7 +62,6 @@ PREFIX = struct.Struct(">BI")  # prefix of a gRPC message: whether the message i
 PREFIX_LEN = PREFIX.size
 WHOLE = struct.Struct(">HBBBIBI")  # HEADER and PREFIX of a frame with one whole message
 
-
 FRAME_LENGTHS = {RST_STREAM: 4, PING: 8, WINDOW_UPDATE: 4}  # payload bytes of frames that have a fixed length
 FRAMES_OF_STREAMS, FRAMES_OF_CONNECTIONS = (DATA, HEADERS, RST_STREAM, CONTINUATION), (SETTINGS, PING, GOAWAY)
 FRAMES_OF_OPENED_STREAMS = DATA, RST_STREAM, WINDOW_UPDATE
@@ -90,7 +90,7 @@ OPENING = _settings((INITIAL_WINDOW_SIZE, MAX_WINDOW), (MAX_FRAME_SIZE, OUR_MAX_
 )
 
 
-class GrpcStream:
+class GrpcStream(ABC):
     """A `GrpcStream` is one end of a gRPC stream, without the socket.
 
     The class turns the bytes given to `receive` into messages, and collects the bytes to be written in `unsent`.
@@ -243,8 +243,9 @@ class GrpcStream:
         if self._num_idle_frames > MAX_IDLE_FRAMES:
             raise ProtocolBroken(ENHANCE_YOUR_CALM, f"{MAX_IDLE_FRAMES} frames came without a message between them")
 
+    @abstractmethod
     def _take_headers(self, headers: Headers) -> None:
-        raise NotImplementedError
+        """Handle a complete header block of any stream; raise StreamEnded if no further messages can come."""
 
     def _make_room(self, num_bytes: int, is_ours: bool) -> None:
         """Count received bytes, and widen the windows of the other side when they have become narrow.
